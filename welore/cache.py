@@ -1,0 +1,41 @@
+"""Results on disk, found again by the content of what they were computed from."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def digest(*parts: str | bytes | memoryview) -> str:
+    """A name for content: 16 hexadecimal digits of BLAKE2b over the parts, each preceded by its length."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        state.update(len(raw).to_bytes(8, "little"))
+        state.update(raw)
+    return state.hexdigest()
+
+
+class Cache:
+    """A folder of results. A file that cannot be read is computed again; a file appears whole or not at all."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, kind: str, key: str, read: Callable[[Path], T], write: Callable[[T, Path], None], make: Callable[[], T]) -> T:
+        """What `make` returns, computed once for each kind and key."""
+        path = self.folder / kind / key
+        if path.exists():
+            try:
+                return read(path)
+            except Exception as error:  # whatever a truncated file makes its reader raise
+                print(f"cache: {path} is damaged ({type(error).__name__}: {error}); it is made again")
+        value = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        write(value, part)
+        part.replace(path)
+        return value

@@ -1,0 +1,148 @@
+"""The root config: what one run is. Types live beside the code that reads them, values in conf/*.yaml."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from welore import loggers, modes, models, ranks, svd, tasks, trainer
+from welore.cache import digest
+from welore.errors import Refused
+
+CONF = Path(__file__).parent.parent / "conf"
+
+# Nothing in these may change a result, so they are no part of the fingerprint.
+INFRASTRUCTURE = ("trainer", "logger", "group", "force", "save", "outputs")
+
+SCHEMAS = {
+    "model/pretrained": models.Pretrained,
+    "model/random": models.Random,
+    "svd/plain": svd.Plain,
+    "ranks/welore": ranks.Welore,
+    "ranks/uniform": ranks.Uniform,
+    "ranks/given": ranks.Given,
+    "mode/none": modes.Untrained,
+    "mode/lrc": modes.Lrc,
+    "mode/nlrc": modes.NLrc,
+    "mode/full": modes.Full,
+    "mode/lora": modes.Lora,
+    "mode/galore": modes.GaLore,
+    "task/package": tasks.Package,
+    "task/hub": tasks.Hub,
+    "task/protocol": tasks.Protocol,
+    "task/training": tasks.Training,
+    "trainer": trainer.Trainer,
+    "logger/none": loggers.Logger,
+    "logger/wandb": loggers.Wandb,
+}
+
+
+@dataclass
+class Config:
+    """One run. Exactly one of `err` (share of ranks to remove) and `keep` (share of parameters to keep) is given."""
+
+    model: models.Model
+    svd: svd.Svd
+    ranks: ranks.Ranks
+    mode: modes.Mode
+    task: tasks.Task
+    trainer: trainer.Trainer
+    logger: loggers.Logger
+    err: float | None
+    keep: float | None
+    seed: int
+    group: str | None
+    force: bool
+    save: bool
+    outputs: str
+
+    def __post_init__(self):
+        if isinstance(self.ranks, ranks.Given):
+            self.err = self.keep = None  # the file is the budget
+            return
+        if (self.err is None) == (self.keep is None):
+            raise Refused(f"err={self.err} and keep={self.keep}: give exactly one of them, such as err=0.3 or keep=0.8.")
+        if self.err is not None and not 0 <= self.err < 1:
+            hint = f" For {self.err:g} % write err={self.err / 100:g}." if 1 < self.err < 100 else ""
+            raise Refused(f"err={self.err} is not a fraction in [0, 1).{hint or ' For 30 % write err=0.3.'}")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise Refused(f"keep={self.keep} is not a fraction in (0, 1]. To keep 80 % of the parameters write keep=0.8.")
+
+    @property
+    def budget(self) -> ranks.Budget:
+        return ranks.Budget(self.err, self.keep)
+
+    @property
+    def asked(self) -> str:
+        return "given" if self.err is None and self.keep is None else str(self.budget)
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """The typed config behind a composed one, checked."""
+    return Config(**{f.name: _plain(cfg[f.name]) for f in fields(Config)})
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+
+
+def science(config: Config) -> dict[str, Any]:
+    """What a result depends on: the config without its infrastructure, and the content behind its paths."""
+    chosen = {key: value for key, value in asdict(config).items() if key not in INFRASTRUCTURE}
+    chosen["identity"] = {"model": config.model.identity(), "task": config.task.identity()}
+    if isinstance(config.ranks, ranks.Given):
+        chosen["identity"]["ranks"] = ranks.read_ranks(Path(config.ranks.path))
+    return chosen
+
+
+def fingerprint(config: Config) -> str:
+    """The name of a run: the same for run.py, a multirun and the cell of a table that ask for the same thing."""
+    return digest(json.dumps(science(config), sort_keys=True))[:10]
+
+
+def register() -> None:
+    """Make the schemas and the resolvers of conf/ known to Hydra."""
+    store = ConfigStore.instance().store
+    store(name="schema", node=Config)
+    for path, schema in SCHEMAS.items():
+        group, _, name = path.rpartition("/")
+        store(group=f"schema/{group}" if group else "schema", name=name, node=schema)
+    resolvers = {
+        "fingerprint": lambda *, _root_: fingerprint(to_config(_root_)),
+        "asked": lambda *, _root_: to_config(_root_).asked,
+        "unless": lambda other, value: value if other is None else None,
+        "times": lambda value, factor: value * factor,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The config of one cell, exactly as run.py composes it."""
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra_compose("config", spell_out(overrides))
+
+
+def spell_out(overrides: Sequence[str]) -> list[str]:
+    """`model=PATH` for a folder, a GGUF file or a hub name, written as the group option that loads it.
+
+    A value with a slash or the suffix .gguf is a path; the name of such a model is its last part.
+    """
+    spelled = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "model" and ("/" in value or value.endswith(".gguf")):
+            if "," in value:
+                raise Refused(f"model={value}: a sweep over paths is written model=path model.path=A,B model.name=a,b.")
+            name = Path(value).name.removesuffix(".gguf").replace(" ", "-") or "model"
+            spelled += ["model=path", f"model.path={value}", f"model.name={name}"]
+        else:
+            spelled.append(override)
+    return spelled

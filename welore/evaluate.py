@@ -1,0 +1,119 @@
+"""Perplexity, and where a model breaks.
+
+Shape suffixes: B = windows or sequences, L = tokens of one, T = B (L - 1) scored tokens, D = hidden size.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from welore.loss import IGNORED, cross_entropy, linear_cross_entropy
+from welore.models import DTYPES, decoder_layers
+
+FORWARD_TOKENS = 2048  # windows are scored together up to this many tokens, or one by one where they are longer
+
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def autocast(device: torch.device, dtype: str | None) -> AbstractContextManager:
+    """Matrix products in `dtype`; as they are where it is None."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, DTYPES[dtype])
+
+
+def causal_loss(model: PreTrainedModel) -> Loss:
+    """A function of ids_BL and labels_BL that returns the summed next-token loss in nats and the number of tokens.
+
+    Where the logits are the output matrix times the last hidden states, and nothing else (checked here on a few
+    tokens), they are never formed for a whole window. Models that scale or cap their logits take the plain way.
+    """
+    head = model.get_output_embeddings()
+    separable = isinstance(head, nn.Linear) and _logits_are_linear(model, head)
+
+    def loss(ids_BL: Tensor, labels_BL: Tensor) -> tuple[Tensor, Tensor]:
+        labels_T = labels_BL[:, 1:].reshape(-1)
+        scored = (labels_T != IGNORED).sum()
+        if separable and not (torch.is_grad_enabled() and head.weight.requires_grad):
+            hidden_TD = _hidden(model, ids_BL)[:, :-1].flatten(0, 1)
+            return linear_cross_entropy(hidden_TD, head.weight, head.bias, labels_T), scored
+        logits_TV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return cross_entropy(logits_TV, labels_T), scored
+
+    return loss
+
+
+def _hidden(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
+    return model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def _logits_are_linear(model: PreTrainedModel, head: nn.Linear) -> bool:
+    ids_BL = torch.arange(4, device=head.weight.device)[None]
+    hidden_BLD = _hidden(model, ids_BL)
+    if hidden_BLD.shape[-1] != head.in_features:
+        return False
+    return torch.allclose(head(hidden_BLD), model(input_ids=ids_BL, use_cache=False).logits, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Perplexity over `tokens` scored tokens; `breaks_at` names the first layer whose output is not finite."""
+
+    perplexity: float
+    tokens: int
+    tokens_per_second: float
+    breaks_at: str | None = None
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows_BL: Tensor, dtype: str | None = None, title: str = "perplexity") -> Score:
+    """exp of the mean loss over the L - 1 predicted tokens of every window; no window is ever left out.
+
+    Losses are summed in float32 within a window and in float64 across them. Where one is not finite, the perplexity
+    is NaN and the score says in which layer that starts.
+    """
+    device = next(model.parameters()).device
+    loss = causal_loss(model)
+    together = max(1, FORWARD_TOKENS // windows_BL.shape[1])
+    nats, tokens, seconds = 0.0, 0, 0.0
+    for ids_BL in tqdm(windows_BL.split(together), desc=title, unit="batch", leave=False):
+        ids_BL = ids_BL.to(device)
+        start = time.perf_counter()
+        with autocast(device, dtype):
+            total, scored = loss(ids_BL, ids_BL)
+        total = float(total)  # waits for the device
+        seconds += time.perf_counter() - start
+        if not math.isfinite(total):
+            with autocast(device, dtype):
+                return Score(math.nan, 0, 0.0, first_not_finite(model, ids_BL))
+        nats, tokens = nats + total, tokens + int(scored)
+    mean = nats / tokens
+    return Score(math.exp(mean) if mean < 700 else math.inf, tokens, windows_BL.numel() / seconds)
+
+
+@torch.no_grad()
+def first_not_finite(model: PreTrainedModel, ids_BL: Tensor) -> str:
+    """The full name of the first decoder layer whose output holds NaN or infinity; `lm_head` if none does."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(module, args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            if not found and not hidden.isfinite().all():
+                found.append(name)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in decoder_layers(model).items()]
+    try:
+        model(input_ids=ids_BL, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "lm_head"

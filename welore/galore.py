@@ -1,0 +1,63 @@
+"""GaLore: Adam in a low-rank projection of each gradient (Zhao et al., 2024).
+
+Shape suffixes: M, N = the sides of one weight, K = min(M, N), R = rank of the projection.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from welore.optim import Float32Masters
+from welore.svd import basis
+
+
+def project(G_MN: Tensor, P_KR: Tensor) -> Tensor:
+    """The gradient in R directions of its shorter side: G P (M x R) if M >= N, else P^T G (R x N)."""
+    return G_MN @ P_KR if G_MN.shape[0] >= G_MN.shape[1] else P_KR.T @ G_MN
+
+
+def project_back(low: Tensor, P_KR: Tensor, shape: torch.Size) -> Tensor:
+    """From the projection to the shape (M, N) of the weight."""
+    return low @ P_KR.T if shape[0] >= shape[1] else P_KR @ low
+
+
+class _GaLoreAdamW(torch.optim.Optimizer):
+    def __init__(self, parameters, lr, betas, eps, weight_decay, rank, gap, scale):
+        options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, gap=gap, scale=scale)
+        super().__init__(parameters, options)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, group, self.state[parameter])
+
+    def _step(self, parameter: nn.Parameter, group: dict, state: dict) -> None:
+        gradient = parameter.grad
+        projected = parameter.ndim == 2 and min(parameter.shape) > group["rank"]
+        step = int(state.get("step", 0))
+        if projected and step % group["gap"] == 0:
+            # The side and the top singular vectors are those of a full SVD of the gradient.
+            state["projection"] = basis(gradient).vectors_KK[:, : group["rank"]].contiguous()
+        low = project(gradient, state["projection"]) if projected else gradient
+        if step == 0:
+            state["mean"], state["square"] = torch.zeros_like(low), torch.zeros_like(low)
+        beta1, beta2 = group["betas"]
+        # The moments are kept when the projection changes, as in the reference code.
+        state["mean"].lerp_(low, 1 - beta1)
+        state["square"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
+        state["step"] = torch.tensor(float(step + 1))
+        corrected = (state["square"] / (1 - beta2 ** (step + 1))).sqrt_().add_(group["eps"])
+        update = (state["mean"] / (1 - beta1 ** (step + 1))).div_(corrected)
+        if projected:
+            update = project_back(update, state["projection"], parameter.shape).mul_(group["scale"])
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+class GaLoreAdamW(Float32Masters, _GaLoreAdamW):
+    """AdamW on float32 masters whose moments live in a rank-`rank` projection of the gradient.
+
+    The projection is taken from the gradient every `gap` steps, from the first on, and the update is multiplied by
+    `scale`. A vector, or a matrix whose shorter side is at most `rank`, is stepped by plain AdamW: there is nothing
+    to project. Every state is a tensor, so checkpoints load with `weights_only=True` and a run resumes to the bit.
+    """

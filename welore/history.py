@@ -1,0 +1,49 @@
+"""The logged steps of a run, in its folder, whatever else they are sent to."""
+
+import json
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+
+HISTORY = "history.jsonl"
+
+
+class History(Logger):
+    """One JSON line for each logged step in `history.jsonl`; a resumed run drops what it is about to do again."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.path = folder / HISTORY
+
+    @property
+    def name(self) -> str:
+        return "history"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args, **kwargs) -> None:
+        """The record holds the config."""
+
+    def start_at(self, step: int) -> None:
+        """Keep the lines before `step`; 0 starts anew."""
+        kept = [line for line in read_history(self.path.parent) if line["step"] < step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The logged steps of a run, in order; a line cut short by a kill is left out."""
+    lines = []
+    path = folder / HISTORY
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines

@@ -1,0 +1,103 @@
+"""Time and memory, measured so that they can be compared: devices are waited for, first steps do not count."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+from lightning.pytorch import Callback
+
+from welore import metrics
+
+GIB = 2**30
+WARM_UP_STEPS = 2  # the first steps allocate, compile and fill caches
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Peak:
+    """`gib` is the most memory used since the block began, after it or at any time inside it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    @property
+    def gib(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / GIB
+        return _peak_resident_kib() * 1024 / GIB
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Peak memory of what runs inside: allocated bytes on a GPU, the resident set of this process on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        _reset_peak_resident()
+    yield Peak(device)
+
+
+def _reset_peak_resident() -> None:
+    """Linux forgets the high-water mark of a process when it is asked to; elsewhere the mark only rises."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _peak_resident_kib() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
+class Throughput(Callback):
+    """Tokens per second of the optimizer steps, with and without padding, by the median step.
+
+    Validation, checkpoints and the first steps are left out. A resumed run measures what it ran itself.
+    """
+
+    def __init__(self, accumulate: int):
+        self.accumulate = accumulate
+        self.seconds: list[float] = []
+        self.real: list[int] = []
+        self.padded: list[int] = []
+        self._spent, self._real, self._padded, self._passes = 0.0, 0, 0, 0
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        synchronize(module.device)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        synchronize(module.device)
+        self._spent += time.perf_counter() - self._start
+        self._real += int(batch["real"])
+        self._padded += batch["ids_BL"].numel()
+        self._passes += 1
+        if self._passes == self.accumulate:
+            self.seconds.append(self._spent)
+            self.real.append(self._real)
+            self.padded.append(self._padded)
+            self._spent, self._real, self._padded, self._passes = 0.0, 0, 0, 0
+
+    def tokens_per_second(self, padding: bool = False) -> float | None:
+        """Of the median step after the warm-up; None before there is one."""
+        tokens = self.padded if padding else self.real
+        rates = [count / second for count, second in zip(tokens, self.seconds, strict=True)]
+        return median(rates[WARM_UP_STEPS:] or rates) if rates else None
+
+    def metrics(self) -> dict[str, float | None]:
+        return {
+            metrics.FIT_TOKENS_PER_SECOND.key: self.tokens_per_second(),
+            metrics.FIT_PADDED_TOKENS_PER_SECOND.key: self.tokens_per_second(padding=True),
+        }

@@ -1,0 +1,57 @@
+"""Names, units and direction of everything that a run logs. Loggers, records and tables read the same constants."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`key` as logged, `title` as printed, with `digits` after the point."""
+
+    key: str
+    title: str
+    digits: int = 2
+    better: Literal["lower", "higher", "neither"] = "neither"
+
+
+DENSE_PERPLEXITY = Metric("dense/perplexity", "dense perplexity", 2, "lower")
+COMPRESSED_PERPLEXITY = Metric("compressed/perplexity", "compressed perplexity", 2, "lower")
+TUNED_PERPLEXITY = Metric("tuned/perplexity", "tuned perplexity", 2, "lower")
+# Where a model gives a loss that is not finite, the first layer with such an output, beside its missing perplexity.
+BREAKS_AT = "breaks_at"
+
+ERR = Metric("compress/err", "err", 4)
+ERR_ATTEMPTED = Metric("compress/err_attempted", "err attempted", 4)
+KEEP = Metric("compress/keep", "keep", 4)
+THRESHOLD = Metric("compress/threshold", "threshold k", 4)
+LRC = Metric("compress/lrc", "LRC", 0)
+N_LRC = Metric("compress/n_lrc", "N-LRC", 0)
+DENSE_PARAMETERS = Metric("dense/parameters", "dense parameters", 0)
+DENSE_BYTES = Metric("dense/bytes", "dense bytes", 0)
+PARAMETERS = Metric("compress/parameters", "parameters", 0, "lower")
+BYTES = Metric("compress/bytes", "bytes", 0, "lower")
+FLOPS_PER_TOKEN = Metric("compress/flops_per_token", "FLOPs per token", 0, "lower")
+TUNED_PARAMETERS = Metric("tuned/parameters", "tuned parameters", 0, "lower")
+
+FIT_TOKENS_PER_SECOND = Metric("fit/tokens_per_second", "training tokens/s", 1, "higher")
+FIT_PADDED_TOKENS_PER_SECOND = Metric("fit/padded_tokens_per_second", "training tokens/s with padding", 1, "higher")
+FIT_PEAK_GIB = Metric("fit/peak_gib", "training peak GiB", 2, "lower")
+FIT_STATE_GIB = Metric("fit/state_gib", "gradients and optimizer GiB", 3, "lower")
+TRAINABLE_PARAMETERS = Metric("fit/trainable_parameters", "trainable parameters", 0)
+TRAINABLE_NORMS = Metric("fit/trainable_norm_parameters", "of which normalization", 0)
+FIT_TOKENS = Metric("fit/tokens", "training tokens", 0)
+FIT_STEPS = Metric("fit/steps", "steps", 0)
+FIT_EPOCHS = Metric("fit/epochs", "epochs", 2)
+FIT_SECONDS = Metric("fit/seconds", "training seconds", 1)
+
+EVAL_TOKENS = Metric("eval/tokens", "test tokens", 0)
+EVAL_TOKENS_PER_SECOND = Metric("eval/tokens_per_second", "evaluation tokens/s", 1, "higher")
+DENSE_EVAL_TOKENS_PER_SECOND = Metric("dense/tokens_per_second", "dense evaluation tokens/s", 1, "higher")
+EVAL_PEAK_GIB = Metric("eval/peak_gib", "evaluation peak GiB", 2, "lower")
+
+TRAIN_LOSS = Metric("train/loss", "loss", 4, "lower")
+TRAIN_LR = Metric("train/lr", "learning rate", 8)
+TRAIN_TOKENS = Metric("train/tokens", "tokens seen", 0)
+TRAIN_TOKENS_PER_SECOND = Metric("train/tokens_per_second", "tokens/s", 1, "higher")
+TRAIN_PEAK_GIB = Metric("train/peak_gib", "peak GiB", 2, "lower")
+VALIDATION_PERPLEXITY = Metric("validation/perplexity", "validation perplexity", 2, "lower")

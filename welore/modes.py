@@ -1,0 +1,193 @@
+"""Which parameters a run trains, and with which optimizer. The config object is the strategy."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from welore.errors import Refused
+from welore.galore import GaLoreAdamW
+from welore.lowrank import LowRankLinear, replace
+from welore.models import components
+from welore.optim import AdamW
+
+
+@dataclass
+class Mode:
+    """What trains after compression."""
+
+    name: str
+
+    @property
+    def trains(self) -> bool:
+        return True
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Change the model before its parameters are chosen; most modes have nothing to change."""
+
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """The parameters to train. Everything else is frozen by `select`."""
+        raise NotImplementedError
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Bring the model back to LRC and N-LRC after training, so that what is measured is what is saved."""
+
+
+@dataclass
+class Untrained(Mode):
+    """Compress and measure, no training (WeLore-COMP)."""
+
+    @property
+    def trains(self) -> bool:
+        return False
+
+
+@dataclass
+class Adam(Mode):
+    """Trains with AdamW on float32 masters. `norms` adds the weights of all normalization layers."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    norms: bool
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return AdamW(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
+
+    def normalizations(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        return norm_parameters(model) if self.norms else []
+
+
+@dataclass
+class Lrc(Adam):
+    """Train the factors of the low-rank components only (WeLore-PEFT, Section 3.2)."""
+
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        parameters = component_parameters(model, LowRankLinear)
+        return parameters and parameters + self.normalizations(model)
+
+
+@dataclass
+class NLrc(Adam):
+    """Train the weights that stayed dense only (Figure 4)."""
+
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        parameters = component_parameters(model, nn.Linear)
+        return parameters and parameters + self.normalizations(model)
+
+
+@dataclass
+class Full(Adam):
+    """Train LRCs and N-LRCs; embeddings and `lm_head` stay frozen, as in the authors' full fine-tuning."""
+
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        return component_parameters(model, nn.Module) + self.normalizations(model)
+
+
+@dataclass
+class GaLore(Full):
+    """What `Full` trains, stepped by Adam in a rank-`rank` projection of each gradient, renewed every `gap` steps."""
+
+    rank: int
+    gap: int
+    scale: float
+
+    def __post_init__(self):
+        if self.rank < 1 or self.gap < 1:
+            raise Refused(f"mode.rank={self.rank} and mode.gap={self.gap} must be 1 or more.")
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
+        return GaLoreAdamW(parameters, rank=self.rank, gap=self.gap, scale=self.scale, **options)
+
+
+@dataclass
+class Lora(Adam):
+    """Train adapters beside every LRC and N-LRC, with the compressed model frozen: y = W x + (alpha / rank) B A x.
+
+    `lora_on=factors` puts one adapter on each factor of an LRC, `merged` one on its product as a single virtual
+    weight. After training the adapters are added into what they adapt: exactly, up to the dtype; on a virtual weight
+    by appending them to its factors, so that its rank grows by `rank`.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    lora_on: str
+
+    def __post_init__(self):
+        if self.lora_on not in ("factors", "merged"):
+            raise Refused(f"mode.lora_on={self.lora_on} is unknown. Write factors or merged.")
+        if self.rank < 1:
+            raise Refused(f"mode.rank={self.rank} adapts nothing. Write 1 or more.")
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora.layer import Linear
+
+        targets = []
+        for name, module in components(model).items():
+            inside = isinstance(module, LowRankLinear) and self.lora_on == "factors"
+            targets += [f"{name}.A", f"{name}.B"] if inside else [name]
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
+        config._register_custom_module({LowRankLinear: Linear})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft does not know LowRankLinear by name, and needs only its two sizes
+            inject_adapter_in_model(config, model)
+
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        adapters = [p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
+        return adapters and adapters + self.normalizations(model)
+
+    @torch.no_grad()
+    def finish(self, model: PreTrainedModel) -> None:
+        from peft.tuners.lora.layer import LoraLayer
+
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]:
+            base = layer.get_base_layer()
+            adapter = next(iter(layer.lora_A))
+            up_MR = layer.lora_B[adapter].weight.float() * layer.scaling[adapter]
+            down_RN = layer.lora_A[adapter].weight.float()
+            if isinstance(base, LowRankLinear):
+                A_MR = torch.cat([base.A.weight, up_MR.to(base.A.weight.dtype)], dim=1)
+                B_RN = torch.cat([base.B.weight, down_RN.to(base.B.weight.dtype)], dim=0)
+                base = LowRankLinear.of(A_MR, B_RN, base.A.bias)
+            else:
+                base.weight.copy_(base.weight.float() + up_MR @ down_RN)
+            replace(model, name, base)
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+        model._hf_peft_config_loaded = False
+
+
+def component_parameters(model: PreTrainedModel, kind: type[nn.Module]) -> list[nn.Parameter]:
+    """All parameters, biases included, of the compressible weights of the given type."""
+    return [p for module in components(model).values() if isinstance(module, kind) for p in module.parameters()]
+
+
+def norm_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The weights (and biases) of every normalization layer: LayerNorm, RMSNorm and their variants."""
+    return [p for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)]
+
+
+def select(model: PreTrainedModel, mode: Mode) -> list[nn.Parameter]:
+    """Freeze the model except what the mode trains, and return that."""
+    mode.prepare(model)
+    parameters = mode.trainables(model)
+    if not parameters:
+        kinds = [type(module).__name__ for module in components(model).values()]
+        found = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        raise Refused(
+            f"mode={mode.name} selects no parameter. The compressible weights of the model are {found}. "
+            f"Change err (or ranks.dense) so that there are LRCs and N-LRCs, or take mode=full."
+        )
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters

@@ -1,0 +1,99 @@
+"""The LightningModule of every mode, and what is kept of it when a run is cut short."""
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from welore import metrics
+from welore.errors import Refused
+from welore.evaluate import causal_loss, first_not_finite
+from welore.measure import Throughput, peak_memory
+from welore.modes import Mode
+from welore.tasks import Training
+
+
+class Tuner(LightningModule):
+    """Trains `parameters` of a model with the optimizer of a mode and the schedule of a task.
+
+    Only what trains is put into a checkpoint: the rest of the model is made again from its source.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], training: Training, steps: int
+    ):
+        super().__init__()
+        self.model, self.mode, self.parameters_to_train = model, mode, parameters
+        self.training_config, self.steps = training, steps
+        self.loss = causal_loss(model)
+        self.strict_loading = False
+        self.tokens_seen = 0
+        self._step_loss = 0.0
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        total, _ = self.loss(batch["ids_BL"], batch["labels_BL"])
+        # A mean over the tokens of the whole step; Lightning divides by the number of passes.
+        loss = total / batch["scored"] * self.training_config.accumulate
+        if not math.isfinite(float(loss.detach())):
+            where = first_not_finite(self.model, batch["ids_BL"])
+            raise FloatingPointError(f"the loss of step {self.global_step} is {float(loss.detach())}; it starts in {where}")
+        self._step_loss += float(loss.detach()) / self.training_config.accumulate
+        self.tokens_seen += int(batch["real"])
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, index) -> None:
+        if (index + 1) % self.training_config.accumulate:
+            return
+        self.log(metrics.TRAIN_LOSS.key, self._step_loss, prog_bar=True)
+        self.log(metrics.TRAIN_LR.key, self.learning_rate)
+        self.log(metrics.TRAIN_TOKENS.key, float(self.tokens_seen))
+        self.log(metrics.TRAIN_PEAK_GIB.key, self.peak.gib)
+        throughput = next(c for c in self.trainer.callbacks if isinstance(c, Throughput))
+        if (rate := throughput.tokens_per_second()) is not None:
+            self.log(metrics.TRAIN_TOKENS_PER_SECOND.key, rate, prog_bar=True)
+        self._step_loss = 0.0
+
+    def on_train_start(self) -> None:
+        with peak_memory(self.device) as self.peak:
+            self.model.train()
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        self.learning_rate = optimizer.param_groups[0]["lr"]
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(2, dtype=torch.float64)
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        total, scored = self.loss(batch["ids_BL"], batch["labels_BL"])
+        self._validation += torch.tensor([float(total), float(scored)], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        nats, tokens = self._validation.tolist()
+        mean = nats / tokens
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        self.log(metrics.VALIDATION_PERPLEXITY.key, perplexity, prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.mode.optimizer(self.parameters_to_train)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.training_config.lr_factor(step, self.steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        if self.training_config.clip:
+            nn.utils.clip_grad_norm_(self.parameters_to_train, self.training_config.clip)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint["tokens_seen"]
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if missing := trained - checkpoint["state_dict"].keys():
+            raise Refused(f"the checkpoint lacks {sorted(missing)[:3]}: it is of another run. Write force=true.")

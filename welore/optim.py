@@ -1,0 +1,64 @@
+"""AdamW in float32, whatever the dtype of the model: one policy for every mode.
+
+A pure bfloat16 step at a learning rate of 5e-5 rounds most updates away, and unevenly across modes. Here a parameter
+that is not float32 gets a float32 master copy, which the optimizer steps and which is rounded into the model.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Float32Masters:
+    """Mixed in before a `torch.optim.Optimizer`: it steps float32 masters of the parameters that it is given.
+
+    A parameter that is float32 is its own master and is not copied. Gradients are read from the model's parameters,
+    so clip those. `state_dict` carries the masters: a resumed run continues from them to the bit.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], **options):
+        masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
+        self.pairs = [(p, master) for p, master in zip(parameters, masters, strict=True) if p is not master]
+        super().__init__(masters, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for parameter, master in self.pairs:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        super().step()
+        for parameter, master in self.pairs:
+            parameter.copy_(master)
+            master.grad = None
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for parameter, _ in self.pairs:
+            parameter.grad = None
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"masters": [master.detach() for _, master in self.pairs]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict({key: value for key, value in state.items() if key != "masters"})
+        for (parameter, master), saved in zip(self.pairs, state["masters"], strict=True):
+            master.copy_(saved)
+            parameter.copy_(master)
+
+
+class AdamW(Float32Masters, torch.optim.AdamW):
+    """`torch.optim.AdamW` on float32 masters, fused."""
+
+    def __init__(self, parameters: list[nn.Parameter], **options):
+        super().__init__(parameters, fused=True, **options)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of everything that the optimizer keeps between steps, masters included."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    tensors += [master for _, master in getattr(optimizer, "pairs", [])]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

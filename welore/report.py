@@ -1,0 +1,114 @@
+"""Records and rows as text: the summary of one run, tables in Markdown and LaTeX."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from welore import metrics
+from welore.metrics import Metric
+from welore.records import Record
+
+
+def announce(line: str) -> None:
+    """One line about what a run does now, beside the progress bars."""
+    print(f"· {line}", file=sys.stderr, flush=True)
+
+
+def number(value: Any, digits: int) -> str:
+    """With separators for thousands; a dash where there is none."""
+    if value is None:
+        return "—"
+    return f"{value:,.{digits}f}" if isinstance(value, int | float) else str(value)
+
+
+def summary(record: Record, folder: Path) -> str:
+    """What one run came to, in a small table."""
+    found, config = record.metrics, record.config
+    asked = next((f"{key} {config[key]}" for key in ("err", "keep") if config[key] is not None), "given ranks")
+    lines = [
+        f"{config['model']['name']}  {config['svd']['name']}/{config['ranks']['name']}  {asked}  mode {config['mode']['name']}",
+        f"{record.environment['protocol']}",
+        "",
+        f"{'':24}{'dense':>16}{'compressed':>16}{'tuned':>16}",
+        _row("perplexity", [_perplexity(found, stage) for stage in ("dense", "compressed", "tuned")]),
+        _row("parameters", [_get(found, m) for m in (metrics.DENSE_PARAMETERS, metrics.PARAMETERS, metrics.TUNED_PARAMETERS)]),
+        _row("bytes", [_get(found, metrics.DENSE_BYTES), _get(found, metrics.BYTES), ""]),
+        "",
+    ]
+    pairs = [
+        ("asked", asked),
+        *_pairs(found, metrics.ERR, metrics.KEEP),
+        ("LRC / N-LRC", f"{_get(found, metrics.LRC)} / {_get(found, metrics.N_LRC)}"),
+        *_pairs(found, metrics.EVAL_TOKENS_PER_SECOND, metrics.EVAL_PEAK_GIB),
+    ]
+    if metrics.FIT_TOKENS.key in found:
+        pairs += _pairs(
+            found,
+            metrics.TRAINABLE_PARAMETERS,
+            metrics.FIT_TOKENS,
+            metrics.FIT_STEPS,
+            metrics.FIT_TOKENS_PER_SECOND,
+            metrics.FIT_PADDED_TOKENS_PER_SECOND,
+            metrics.FIT_PEAK_GIB,
+        )
+    pairs += [("seconds", f"{record.seconds:.0f}"), ("device", record.environment["device"])]
+    return "\n".join([*lines, *(f"{title:32}{value}" for title, value in pairs), f"{'record':32}{folder / 'record.json'}"])
+
+
+def _row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:24}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _get(found: dict[str, Any], metric: Metric) -> str:
+    return number(found.get(metric.key), metric.digits)
+
+
+def _pairs(found: dict[str, Any], *wanted: Metric) -> list[tuple[str, str]]:
+    return [(metric.title, _get(found, metric)) for metric in wanted]
+
+
+def _perplexity(found: dict[str, Any], stage: str) -> str:
+    if f"{stage}/{metrics.BREAKS_AT}" in found:
+        return "NaN"
+    return number(found.get(f"{stage}/perplexity"), metrics.DENSE_PERPLEXITY.digits)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns padded so that it reads as plain text too."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+def latex(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, label: str) -> str:
+    """The same table for a paper (booktabs)."""
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(_escape(str(cell)) for cell in cells) + r" \\"
+
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{_escape(caption)}}}",
+            rf"\label{{{label}}}",
+            r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}",
+            r"\toprule",
+            line(header),
+            r"\midrule",
+            *map(line, rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+        ]
+    )
+
+
+def _escape(text: str) -> str:
+    for character in "&%_#$":
+        text = text.replace(character, "\\" + character)
+    return text.replace("—", "--").replace("×", r"$\times$")

@@ -1,0 +1,284 @@
+"""The story of one run: load, spectra, ranks, factorize, select, fit, evaluate, record."""
+
+import json
+import platform
+import subprocess
+import time
+import traceback
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from welore import checkpoint, metrics
+from welore.cache import Cache, digest
+from welore.config import Config, fingerprint
+from welore.errors import Refused
+from welore.evaluate import Score, perplexity
+from welore.lowrank import LowRankLinear, replace
+from welore.measure import peak_memory
+from welore.models import components, count_bytes, count_parameters, flops_per_token
+from welore.modes import norm_parameters, select
+from welore.ranks import Plan
+from welore.records import Record
+from welore.report import announce
+from welore.svd import Basis, Spectrum, basis, factors, singular_values
+from welore.tasks import Batches, evaluation_windows, training_rows
+
+MODEL = "model"
+
+
+def run(config: Config, folder: Path) -> Record:
+    """The record of this config: read from `folder` where it is done, made and written there where it is not.
+
+    A run that fails leaves a record of status `failed`, but never in the place of a finished one.
+    """
+    finished = Record.read(folder)
+    if finished is not None and finished.status == "done" and not config.force:
+        return finished
+    started = time.time()
+    record = Record(
+        fingerprint(config),
+        "failed",
+        asdict(config),
+        commit=_commit(),
+        started=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+    )
+    try:
+        record.metrics, record.environment = _story(config, folder, record.fingerprint)
+        record.status = "done"
+    except BaseException as error:
+        record.error = f"{type(error).__name__}: {error}"
+        if not isinstance(error, Refused):
+            record.error += "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
+        raise
+    finally:
+        record.seconds = time.time() - started
+        if record.status == "done" or finished is None or finished.status != "done":
+            record.save(folder)
+    return record
+
+
+def _story(config: Config, folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    torch.manual_seed(config.seed)
+    device, cache = config.trainer.place(), Cache(Path(config.outputs) / ".cache")
+    tags = [config.model.name, config.svd.name, config.ranks.name, config.asked, config.mode.name, config.task.name]
+    loggers = config.logger.build(folder, name, config.group, tags, asdict(config))
+
+    announce(f"load {config.model.name}")
+    model, tokenizer = config.model.load(cache.folder)
+    windows_BL = evaluation_windows(config.task, tokenizer, cache)
+    _check_positions(model, config)
+    weights = weight_digests(model)
+    model.to(device)
+    found: dict[str, Any] = {
+        metrics.DENSE_PARAMETERS.key: count_parameters(model),
+        metrics.DENSE_BYTES.key: count_bytes(model),
+    }
+    found |= _dense(model, weights, windows_BL, config, device, cache)
+
+    spectra = read_spectra(model, weights, cache)
+    plan = config.ranks.plan(spectra, config.budget)
+    _refuse_empty(plan, config)
+    (folder / "ranks.json").write_text(json.dumps(plan.ranks, indent=2))
+    announce(f"asked {config.asked}: err {plan.err:.4f}, keep {plan.keep:.4f}, {len(plan.factored)} of {len(plan.ranks)} LRC")
+
+    factorize(model, plan, weights, cache)
+    found |= _compression(model, plan)
+    with peak_memory(device) as peak:
+        score = perplexity(model, windows_BL, config.model.autocast, "compressed perplexity")
+        found |= _scored("compressed", score) | {metrics.EVAL_PEAK_GIB.key: peak.gib}
+
+    if config.mode.trains:
+        found |= tune(model, tokenizer, config, folder, cache, loggers)
+        with peak_memory(device) as peak:
+            score = perplexity(model, windows_BL, config.model.autocast, "tuned perplexity")
+            found |= _scored("tuned", score) | {metrics.EVAL_PEAK_GIB.key: peak.gib}
+        found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
+
+    if config.save:
+        checkpoint.save(model, tokenizer, folder / MODEL)
+    for logger in loggers:
+        logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
+        logger.finalize("success")
+    if config.mode.trains:
+        from welore.fit import discard_checkpoints
+
+        discard_checkpoints(folder)
+    protocol = f"{config.task.name} test: {config.task.protocol.title()}, {windows_BL.numel()} tokens"
+    return found, environment(device) | {"protocol": protocol, "weights": digest(*weights.values())}
+
+
+def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: list) -> dict[str, Any]:
+    """Train what the mode selects, and say how much that was and what it took."""
+    from welore.fit import discard_checkpoints, fit
+    from welore.measure import GIB, Throughput
+    from welore.module import Tuner
+    from welore.optim import state_bytes
+
+    training = config.task.training
+    if config.force:
+        discard_checkpoints(folder)
+    rows = training_rows(config.task, tokenizer, cache, config.seed)
+    batches = Batches(rows, training, config.seed)
+    held_out = training_rows(config.task, tokenizer, cache, config.seed, "validation", training.validation_windows)
+    validation = [batches_of_one for batches_of_one in (Batches(held_out, training, 0).batch(i) for i in torch.arange(len(held_out))[:, None])]
+
+    parameters = select(model, config.mode)
+    norms = {id(p) for p in norm_parameters(model)}
+    trained = sum(p.numel() for p in parameters)
+    announce(f"train {trained:,} of {count_parameters(model):,} parameters for {batches.steps} steps")
+    tuner = Tuner(model, config.mode, parameters, training, batches.steps)
+    throughput = Throughput(training.accumulate)
+    device = next(model.parameters()).device
+    started = time.perf_counter()
+    with peak_memory(device) as peak:
+        fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput)
+        gib = peak.gib
+    optimizer = tuner.optimizers(use_pl_optimizer=False)
+    gradients = sum(p.numel() * p.element_size() for p in parameters)
+    state = (gradients + state_bytes(optimizer)) / GIB
+    model.to(device).eval().requires_grad_(False)
+    config.mode.finish(model)
+    return throughput.metrics() | {
+        metrics.FIT_PEAK_GIB.key: gib,
+        metrics.FIT_STATE_GIB.key: state,
+        metrics.TRAINABLE_PARAMETERS.key: trained,
+        metrics.TRAINABLE_NORMS.key: sum(p.numel() for p in parameters if id(p) in norms),
+        metrics.FIT_TOKENS.key: tuner.tokens_seen,
+        metrics.FIT_STEPS.key: batches.steps,
+        metrics.FIT_EPOCHS.key: batches.epochs,
+        metrics.FIT_SECONDS.key: time.perf_counter() - started,
+    }
+
+
+def weight_digests(model: PreTrainedModel) -> dict[str, str]:
+    """The content of every parameter, hashed: the keys of all that is computed from weights."""
+    return {
+        name: digest(f"{tuple(p.shape)} {p.dtype}", memoryview(p.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
+        for name, p in model.named_parameters()
+    }
+
+
+def read_spectra(model: PreTrainedModel, weights: dict[str, str], cache: Cache) -> dict[str, Spectrum]:
+    """The spectrum of every compressible weight, from the cache where that weight has been decomposed before."""
+    spectra = {}
+    for name, module in tqdm(components(model).items(), desc="spectra", unit="weight", leave=False):
+        try:
+            sigma_K = cache.get(
+                "spectra", weights[f"{name}.weight"], torch.load, torch.save, lambda W=module.weight: singular_values(W)
+            )
+        except Refused as error:
+            raise Refused(f"{name}: {error}") from error
+        spectra[name] = Spectrum(tuple(module.weight.shape), sigma_K)
+    return spectra
+
+
+def factorize(model: PreTrainedModel, plan: Plan, weights: dict[str, str], cache: Cache) -> None:
+    """Put two factors in the place of every weight that the plan cuts, one weight at a time."""
+
+    def read(path: Path) -> Basis:
+        return Basis(**torch.load(path))
+
+    def write(vectors: Basis, path: Path) -> None:
+        torch.save({"sigma_K": vectors.sigma_K.cpu(), "vectors_KK": vectors.vectors_KK.cpu()}, path)
+
+    for name, rank in tqdm(plan.factored.items(), desc="factorize", unit="weight", leave=False):
+        dense = model.get_submodule(name)
+        vectors = cache.get("bases", weights[f"{name}.weight"], read, write, lambda W=dense.weight: basis(W))
+        A_MR, B_RN = factors(dense.weight, vectors, rank)
+        replace(model, name, LowRankLinear.of(A_MR, B_RN, dense.bias))
+
+
+def _dense(model, weights: dict[str, str], windows_BL: Tensor, config: Config, device, cache: Cache) -> dict[str, Any]:
+    """How the uncompressed model scores under this protocol, measured once for each device."""
+    key = digest(*weights.values(), windows_BL.numpy().tobytes(), str(config.model.autocast), environment(device)["device"])
+
+    def make() -> dict[str, Any]:
+        score = perplexity(model, windows_BL, config.model.autocast, "dense perplexity")
+        return _scored("dense", score) | {metrics.DENSE_EVAL_TOKENS_PER_SECOND.key: score.tokens_per_second}
+
+    def write(value: dict[str, Any], path: Path) -> None:
+        path.write_text(json.dumps(value))
+
+    dense = cache.get("dense", key, lambda path: json.loads(path.read_text()), write, make)
+    dense.pop(metrics.EVAL_TOKENS_PER_SECOND.key)  # of the compressed model, later
+    return dense
+
+
+def _scored(stage: str, score: Score) -> dict[str, Any]:
+    found = {
+        f"{stage}/perplexity": score.perplexity,
+        metrics.EVAL_TOKENS.key: score.tokens,
+        metrics.EVAL_TOKENS_PER_SECOND.key: score.tokens_per_second,
+    }
+    if score.breaks_at is not None:
+        found[f"{stage}/{metrics.BREAKS_AT}"] = score.breaks_at
+        announce(f"the {stage} model gives a loss that is not finite; it starts in {score.breaks_at}")
+    return found
+
+
+def _compression(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
+    return {
+        metrics.ERR.key: plan.err,
+        metrics.ERR_ATTEMPTED.key: plan.err_attempted,
+        metrics.KEEP.key: plan.keep,
+        metrics.THRESHOLD.key: plan.threshold,
+        metrics.LRC.key: len(plan.factored),
+        metrics.N_LRC.key: len(plan.ranks) - len(plan.factored),
+        metrics.PARAMETERS.key: count_parameters(model),
+        metrics.BYTES.key: count_bytes(model),
+        metrics.FLOPS_PER_TOKEN.key: flops_per_token(model),
+    }
+
+
+def _refuse_empty(plan: Plan, config: Config) -> None:
+    if config.err and not plan.factored:
+        raise Refused(
+            f"err={config.err} with ranks={config.ranks.name} and ranks.dense={config.ranks.dense} leaves every weight "
+            f"dense. Ask for a larger err, or write ranks.dense=never."
+        )
+
+
+def _check_positions(model: PreTrainedModel, config: Config) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    lengths = {"task.protocol.window": config.task.protocol.window}
+    if config.mode.trains:
+        lengths["task.training.length"] = config.task.training.length
+    for key, length in lengths.items():
+        if limit is not None and length > limit:
+            raise Refused(f"{key}={length} is longer than the {limit} positions of {config.model.name}. Write {limit} or less.")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """On what a run was computed: rows of different devices are never compared for speed or memory."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    packages = ("torch", "transformers", "peft", "lightning", "datasets")
+    return {"device": name, "python": platform.python_version(), **{package: version(package) for package in packages}}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the code, marked where files were changed since; None outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
