@@ -25,7 +25,9 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def get(self, kind: str, key: str, read: Callable[[Path], T], write: Callable[[T, Path], None], make: Callable[[], T]) -> T:
+    def get(
+        self, kind: str, key: str, read: Callable[[Path], T], write: Callable[[T, Path], None], make: Callable[[], T]
+    ) -> T:
         """What `make` returns, computed once for each kind and key."""
         path = self.folder / kind / key
         if path.exists():

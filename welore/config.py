@@ -67,12 +67,16 @@ class Config:
             self.err = self.keep = None  # the file is the budget
             return
         if (self.err is None) == (self.keep is None):
-            raise Refused(f"err={self.err} and keep={self.keep}: give exactly one of them, such as err=0.3 or keep=0.8.")
+            raise Refused(
+                f"err={self.err} and keep={self.keep}: give exactly one of them, such as err=0.3 or keep=0.8."
+            )
         if self.err is not None and not 0 <= self.err < 1:
             hint = f" For {self.err:g} % write err={self.err / 100:g}." if 1 < self.err < 100 else ""
             raise Refused(f"err={self.err} is not a fraction in [0, 1).{hint or ' For 30 % write err=0.3.'}")
         if self.keep is not None and not 0 < self.keep <= 1:
-            raise Refused(f"keep={self.keep} is not a fraction in (0, 1]. To keep 80 % of the parameters write keep=0.8.")
+            raise Refused(
+                f"keep={self.keep} is not a fraction in (0, 1]. To keep 80 % of the parameters write keep=0.8."
+            )
 
     @property
     def budget(self) -> ranks.Budget:
@@ -140,7 +144,9 @@ def spell_out(overrides: Sequence[str]) -> list[str]:
         key, _, value = override.partition("=")
         if key == "model" and ("/" in value or value.endswith(".gguf")):
             if "," in value:
-                raise Refused(f"model={value}: a sweep over paths is written model=path model.path=A,B model.name=a,b.")
+                raise Refused(
+                    f"model={value}: a sweep over paths is written model=path model.path=A,B model.name=a,b."
+                )
             name = Path(value).name.removesuffix(".gguf").replace(" ", "-") or "model"
             spelled += ["model=path", f"model.path={value}", f"model.name={name}"]
         else:

@@ -58,7 +58,9 @@ def _logits_are_linear(model: PreTrainedModel, head: nn.Linear) -> bool:
     hidden_BLD = _hidden(model, ids_BL)
     if hidden_BLD.shape[-1] != head.in_features:
         return False
-    return torch.allclose(head(hidden_BLD), model(input_ids=ids_BL, use_cache=False).logits, rtol=1e-3, atol=1e-3, equal_nan=True)
+    return torch.allclose(
+        head(hidden_BLD), model(input_ids=ids_BL, use_cache=False).logits, rtol=1e-3, atol=1e-3, equal_nan=True
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Score:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, windows_BL: Tensor, dtype: str | None = None, title: str = "perplexity") -> Score:
+def perplexity(
+    model: PreTrainedModel, windows_BL: Tensor, dtype: str | None = None, title: str = "perplexity"
+) -> Score:
     """exp of the mean loss over the L - 1 predicted tokens of every window; no window is ever left out.
 
     Losses are summed in float32 within a window and in float64 across them. Where one is not finite, the perplexity

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader
 
 from welore.errors import Interrupted
 from welore.history import History
@@ -25,7 +26,7 @@ def fit(
     trainer: Trainer,
     tuner: Tuner,
     batches: Batches,
-    validation: list,
+    validation: DataLoader,
     folder: Path,
     autocast: str | None,
     loggers: list[Logger],

@@ -50,14 +50,15 @@ class _GaLoreAdamW(torch.optim.Optimizer):
         corrected = (state["square"] / (1 - beta2 ** (step + 1))).sqrt_().add_(group["eps"])
         update = (state["mean"] / (1 - beta1 ** (step + 1))).div_(corrected)
         if projected:
-            update = project_back(update, state["projection"], parameter.shape).mul_(group["scale"])
-        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+            update = project_back(update, state["projection"], parameter.shape)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * group["scale"])
 
 
 class GaLoreAdamW(Float32Masters, _GaLoreAdamW):
     """AdamW on float32 masters whose moments live in a rank-`rank` projection of the gradient.
 
     The projection is taken from the gradient every `gap` steps, from the first on, and the update is multiplied by
-    `scale`. A vector, or a matrix whose shorter side is at most `rank`, is stepped by plain AdamW: there is nothing
-    to project. Every state is a tensor, so checkpoints load with `weights_only=True` and a run resumes to the bit.
+    `scale`. A vector, or a matrix whose shorter side is at most `rank`, has nothing to project: it is stepped by plain
+    AdamW at the same effective rate lr x scale (the reference code leaves out the scale there, which lets thin factors
+    move 1 / scale times as fast as the rest). Every state is a tensor, so checkpoints load with `weights_only=True` and a run resumes to the bit.
     """

@@ -17,7 +17,9 @@ class Logger:
 
     name: str
 
-    def build(self, folder: Path, run: str, group: str | None, tags: list[str], config: dict[str, Any]) -> "list[LightningLogger]":
+    def build(
+        self, folder: Path, run: str, group: str | None, tags: list[str], config: dict[str, Any]
+    ) -> "list[LightningLogger]":
         """The loggers beside the history; `run` is the fingerprint, so that a resumed run goes on under its name."""
         return []
 
@@ -30,7 +32,9 @@ class Wandb(Logger):
     entity: str | None
     offline: bool
 
-    def build(self, folder: Path, run: str, group: str | None, tags: list[str], config: dict[str, Any]) -> "list[LightningLogger]":
+    def build(
+        self, folder: Path, run: str, group: str | None, tags: list[str], config: dict[str, Any]
+    ) -> "list[LightningLogger]":
         import wandb
         from lightning.pytorch.loggers import WandbLogger
 

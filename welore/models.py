@@ -117,7 +117,11 @@ class Random(Model):
 
     def load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
         tokenizer = byte_tokenizer()
-        options = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        options = dict(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         config = AutoConfig.for_model(**(options | self.config))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.init_seed)
@@ -164,7 +168,9 @@ def components(model: PreTrainedModel) -> dict[str, nn.Linear | LowRankLinear]:
             if type(module) is nn.Linear and not inside or isinstance(module, LowRankLinear):
                 found[name] = module
     if not found:
-        other = sorted({type(m).__name__ for b in decoder_layers(model).values() for m in b.modules() if _is_matrix(m)})
+        other = sorted(
+            {type(m).__name__ for b in decoder_layers(model).values() for m in b.modules() if _is_matrix(m)}
+        )
         raise Refused(
             f"The decoder layers of {type(model).__name__} hold no nn.Linear. Their matrices are in {other}, "
             f"which cannot be compressed here. Use a model whose layers are built from nn.Linear."

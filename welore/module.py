@@ -39,7 +39,9 @@ class Tuner(LightningModule):
         loss = total / batch["scored"] * self.training_config.accumulate
         if not math.isfinite(float(loss.detach())):
             where = first_not_finite(self.model, batch["ids_BL"])
-            raise FloatingPointError(f"the loss of step {self.global_step} is {float(loss.detach())}; it starts in {where}")
+            raise FloatingPointError(
+                f"the loss of step {self.global_step} is {float(loss.detach())}; it starts in {where}"
+            )
         self._step_loss += float(loss.detach()) / self.training_config.accumulate
         self.tokens_seen += int(batch["real"])
         return loss

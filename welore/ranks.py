@@ -218,7 +218,9 @@ class Given(Ranks):
         for name, rank in ranks.items():
             K = len(spectra[name].sigma_K)
             if rank is not None and not (isinstance(rank, int) and 1 <= rank <= K):
-                raise Refused(f"ranks.path={self.path} gives {name} the rank {rank}; write 1 to {K}, or null for dense.")
+                raise Refused(
+                    f"ranks.path={self.path} gives {name} the rank {rank}; write 1 to {K}, or null for dense."
+                )
         return tally(ranks, spectra)
 
 

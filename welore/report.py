@@ -32,7 +32,10 @@ def summary(record: Record, folder: Path) -> str:
         "",
         f"{'':24}{'dense':>16}{'compressed':>16}{'tuned':>16}",
         _row("perplexity", [_perplexity(found, stage) for stage in ("dense", "compressed", "tuned")]),
-        _row("parameters", [_get(found, m) for m in (metrics.DENSE_PARAMETERS, metrics.PARAMETERS, metrics.TUNED_PARAMETERS)]),
+        _row(
+            "parameters",
+            [_get(found, m) for m in (metrics.DENSE_PARAMETERS, metrics.PARAMETERS, metrics.TUNED_PARAMETERS)],
+        ),
         _row("bytes", [_get(found, metrics.DENSE_BYTES), _get(found, metrics.BYTES), ""]),
         "",
     ]
@@ -53,7 +56,9 @@ def summary(record: Record, folder: Path) -> str:
             metrics.FIT_PEAK_GIB,
         )
     pairs += [("seconds", f"{record.seconds:.0f}"), ("device", record.environment["device"])]
-    return "\n".join([*lines, *(f"{title:32}{value}" for title, value in pairs), f"{'record':32}{folder / 'record.json'}"])
+    return "\n".join(
+        [*lines, *(f"{title:32}{value}" for title, value in pairs), f"{'record':32}{folder / 'record.json'}"]
+    )
 
 
 def _row(title: str, cells: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -87,7 +88,9 @@ def _story(config: Config, folder: Path, name: str) -> tuple[dict[str, Any], dic
     plan = config.ranks.plan(spectra, config.budget)
     _refuse_empty(plan, config)
     (folder / "ranks.json").write_text(json.dumps(plan.ranks, indent=2))
-    announce(f"asked {config.asked}: err {plan.err:.4f}, keep {plan.keep:.4f}, {len(plan.factored)} of {len(plan.ranks)} LRC")
+    announce(
+        f"asked {config.asked}: err {plan.err:.4f}, keep {plan.keep:.4f}, {len(plan.factored)} of {len(plan.ranks)} LRC"
+    )
 
     factorize(model, plan, weights, cache)
     found |= _compression(model, plan)
@@ -128,7 +131,7 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     rows = training_rows(config.task, tokenizer, cache, config.seed)
     batches = Batches(rows, training, config.seed)
     held_out = training_rows(config.task, tokenizer, cache, config.seed, "validation", training.validation_windows)
-    validation = [batches_of_one for batches_of_one in (Batches(held_out, training, 0).batch(i) for i in torch.arange(len(held_out))[:, None])]
+    validation = DataLoader([held_out.batch(torch.tensor([row])) for row in range(len(held_out))], batch_size=None)
 
     parameters = select(model, config.mode)
     norms = {id(p) for p in norm_parameters(model)}
@@ -161,7 +164,9 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
 def weight_digests(model: PreTrainedModel) -> dict[str, str]:
     """The content of every parameter, hashed: the keys of all that is computed from weights."""
     return {
-        name: digest(f"{tuple(p.shape)} {p.dtype}", memoryview(p.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
+        name: digest(
+            f"{tuple(p.shape)} {p.dtype}", memoryview(p.detach().contiguous().view(torch.uint8).numpy()).cast("B")
+        )
         for name, p in model.named_parameters()
     }
 
@@ -172,7 +177,11 @@ def read_spectra(model: PreTrainedModel, weights: dict[str, str], cache: Cache) 
     for name, module in tqdm(components(model).items(), desc="spectra", unit="weight", leave=False):
         try:
             sigma_K = cache.get(
-                "spectra", weights[f"{name}.weight"], torch.load, torch.save, lambda W=module.weight: singular_values(W)
+                "spectra",
+                weights[f"{name}.weight"],
+                torch.load,
+                torch.save,
+                lambda W=module.weight: singular_values(W),
             )
         except Refused as error:
             raise Refused(f"{name}: {error}") from error
@@ -198,7 +207,9 @@ def factorize(model: PreTrainedModel, plan: Plan, weights: dict[str, str], cache
 
 def _dense(model, weights: dict[str, str], windows_BL: Tensor, config: Config, device, cache: Cache) -> dict[str, Any]:
     """How the uncompressed model scores under this protocol, measured once for each device."""
-    key = digest(*weights.values(), windows_BL.numpy().tobytes(), str(config.model.autocast), environment(device)["device"])
+    key = digest(
+        *weights.values(), windows_BL.numpy().tobytes(), str(config.model.autocast), environment(device)["device"]
+    )
 
     def make() -> dict[str, Any]:
         score = perplexity(model, windows_BL, config.model.autocast, "dense perplexity")
@@ -253,7 +264,9 @@ def _check_positions(model: PreTrainedModel, config: Config) -> None:
         lengths["task.training.length"] = config.task.training.length
     for key, length in lengths.items():
         if limit is not None and length > limit:
-            raise Refused(f"{key}={length} is longer than the {limit} positions of {config.model.name}. Write {limit} or less.")
+            raise Refused(
+                f"{key}={length} is longer than the {limit} positions of {config.model.name}. Write {limit} or less."
+            )
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -88,7 +88,9 @@ class Training:
     def __post_init__(self):
         where = "task.training"
         if (self.steps is None) == (self.tokens is None):
-            raise Refused(f"{where} has steps={self.steps} and tokens={self.tokens}: give exactly one, the other null.")
+            raise Refused(
+                f"{where} has steps={self.steps} and tokens={self.tokens}: give exactly one, the other null."
+            )
         for key in ("steps", "tokens", "length", "batch", "accumulate", "validate_every", "validation_windows"):
             value = getattr(self, key)
             if value is not None and value < 1:
@@ -173,9 +175,7 @@ class Hub(Task):
         part, _, file = self.splits[split].partition(":")
         files = {"data_files": {part: file}} if file else {}
         try:
-            rows = load_dataset(
-                self.repo, self.subset, split=part, streaming=True, revision=self.revision, **files
-            )
+            rows = load_dataset(self.repo, self.subset, split=part, streaming=True, revision=self.revision, **files)
             if split == "train":
                 rows = rows.shuffle(seed=seed, buffer_size=10_000)
             for row in rows:
@@ -218,7 +218,9 @@ def read_documents(file: Path, alone: bool) -> list[str]:
         try:
             texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise Refused(f"{file} is not a jsonl with a field `text` on each line: {type(error).__name__}: {error}") from error
+            raise Refused(
+                f"{file} is not a jsonl with a field `text` on each line: {type(error).__name__}: {error}"
+            ) from error
     elif file.suffix == ".raw":
         texts = content.split("\n")
     else:
@@ -303,8 +305,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids_BL)
 
+    def batch(self, chosen: Tensor) -> dict[str, Tensor]:
+        """The chosen rows as `ids_BL`, `labels_BL` (padding is not scored) and the number of `real` tokens."""
+        ids_BL, lengths_B = self.ids_BL[chosen].long(), self.lengths_B[chosen]
+        real_BL = torch.arange(ids_BL.shape[1]) < lengths_B[:, None]
+        return {"ids_BL": ids_BL, "labels_BL": ids_BL.masked_fill(~real_BL, IGNORED), "real": real_BL.sum()}
 
-def training_rows(task: Task, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None) -> Rows:
+
+def training_rows(
+    task: Task, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None
+) -> Rows:
     """As many sequences of a split as the training budget can use (or `limit`); fewer where the text ends before."""
     training = task.training
     tokens = math.inf if training.tokens is None or limit is not None else training.tokens
@@ -343,7 +353,7 @@ def _sequences(texts: Iterator[str], tokenizer: Any, cache: Cache, training: Tra
 class Batches:
     """The passes of a training run, `accumulate` to an optimizer step, in an order fixed by the seed.
 
-    Each pass is `ids_BL` and `labels_BL` (padding is not scored), and `scored`, the number of scored tokens in the
+    Each pass is a batch of `Rows` with `scored`, the number of scored tokens in the
     whole step: a loss divided by it is a mean over tokens, however the step is divided into passes. Where the rows run
     out, they are used again in another order. The position is saved with a checkpoint, so that a resumed run goes on
     with the batch after the last one that it stepped on.
@@ -391,13 +401,8 @@ class Batches:
             chosen = self.order[index * size : (index + 1) * size]
             self.position = index + 1
             scored = (self.rows.lengths_B[of_step] - 1).sum()
-            yield self.batch(chosen) | {"scored": scored}
+            yield self.rows.batch(chosen) | {"scored": scored}
         self.position = 0
-
-    def batch(self, chosen: Tensor) -> dict[str, Tensor]:
-        ids_BL, lengths_B = self.rows.ids_BL[chosen].long(), self.rows.lengths_B[chosen]
-        real_BL = torch.arange(ids_BL.shape[1]) < lengths_B[:, None]
-        return {"ids_BL": ids_BL, "labels_BL": ids_BL.masked_fill(~real_BL, IGNORED), "real": real_BL.sum()}
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

@@ -26,7 +26,9 @@ class Trainer:
     def place(self) -> torch.device:
         """The device; under Slurm also as many threads as the job has CPUs, for torch sees those of the machine."""
         if self.device == "gpu" and not torch.cuda.is_available():
-            raise Refused("trainer.device=gpu, but torch sees no GPU here. Write trainer=cpu, or start where there is one.")
+            raise Refused(
+                "trainer.device=gpu, but torch sees no GPU here. Write trainer=cpu, or start where there is one."
+            )
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE"):
             torch.set_num_threads(int(cpus))
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
