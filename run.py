@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from welore.config import register, spell_out, to_config
-from welore.errors import explain
+from welore.explain import explain
 from welore.report import summary
 
 

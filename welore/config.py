@@ -11,7 +11,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from welore import loggers, modes, models, ranks, svd, tasks, trainer
+from welore import loggers, models, modes, ranks, svd, tasks, trainer
 from welore.cache import digest
 from welore.errors import Refused
 

@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
+from welore.batches import Batches
 from welore.errors import Interrupted
 from welore.history import History
 from welore.measure import Throughput
 from welore.module import Tuner
-from welore.tasks import Batches
 from welore.trainer import Trainer
 
 CHECKPOINTS = "checkpoints"

@@ -60,5 +60,6 @@ class GaLoreAdamW(Float32Masters, _GaLoreAdamW):
     The projection is taken from the gradient every `gap` steps, from the first on, and the update is multiplied by
     `scale`. A vector, or a matrix whose shorter side is at most `rank`, has nothing to project: it is stepped by plain
     AdamW at the same effective rate lr x scale (the reference code leaves out the scale there, which lets thin factors
-    move 1 / scale times as fast as the rest). Every state is a tensor, so checkpoints load with `weights_only=True` and a run resumes to the bit.
+    move 1 / scale times as fast as the rest). Every state is a tensor, so checkpoints load with `weights_only=True`
+    and a run resumes to the bit.
     """

@@ -242,5 +242,7 @@ def _reason(error: Exception) -> str:
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     if offline or any(word in names for word in ("Connect", "LocalEntryNotFound", "OfflineMode", "Timeout", "Proxy")):
         cause = "HF_HUB_OFFLINE=1 is set" if offline else "the hub cannot be reached"
-        return f"{cause} and it is not in the local cache. Download it where there is a network, then give model.path=FOLDER."
+        return (
+            f"{cause} and the local cache lacks it. Download it where there is a network, then give model.path=FOLDER."
+        )
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -27,7 +27,9 @@ def summary(record: Record, folder: Path) -> str:
     found, config = record.metrics, record.config
     asked = next((f"{key} {config[key]}" for key in ("err", "keep") if config[key] is not None), "given ranks")
     lines = [
-        f"{config['model']['name']}  {config['svd']['name']}/{config['ranks']['name']}  {asked}  mode {config['mode']['name']}",
+        "  ".join(
+            [config["model"]["name"], config["svd"]["name"], config["ranks"]["name"], asked, config["mode"]["name"]]
+        ),
         f"{record.environment['protocol']}",
         "",
         f"{'':24}{'dense':>16}{'compressed':>16}{'tuned':>16}",

@@ -14,23 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from welore import checkpoint, metrics
+from welore.batches import Batches, evaluation_windows, training_rows
 from welore.cache import Cache, digest
+from welore.compress import factorize, read_spectra, weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Refused
 from welore.evaluate import Score, perplexity
-from welore.lowrank import LowRankLinear, replace
 from welore.measure import peak_memory
-from welore.models import components, count_bytes, count_parameters, flops_per_token
+from welore.models import count_bytes, count_parameters, flops_per_token
 from welore.modes import norm_parameters, select
 from welore.ranks import Plan
 from welore.records import Record
 from welore.report import announce
-from welore.svd import Basis, Spectrum, basis, factors, singular_values
-from welore.tasks import Batches, evaluation_windows, training_rows
 
 MODEL = "model"
 
@@ -88,9 +86,8 @@ def _story(config: Config, folder: Path, name: str) -> tuple[dict[str, Any], dic
     plan = config.ranks.plan(spectra, config.budget)
     _refuse_empty(plan, config)
     (folder / "ranks.json").write_text(json.dumps(plan.ranks, indent=2))
-    announce(
-        f"asked {config.asked}: err {plan.err:.4f}, keep {plan.keep:.4f}, {len(plan.factored)} of {len(plan.ranks)} LRC"
-    )
+    lrc = f"{len(plan.factored)} of {len(plan.ranks)} LRC"
+    announce(f"asked {config.asked}: err {plan.err:.4f}, keep {plan.keep:.4f}, {lrc}")
 
     factorize(model, plan, weights, cache)
     found |= _compression(model, plan)
@@ -161,50 +158,6 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     }
 
 
-def weight_digests(model: PreTrainedModel) -> dict[str, str]:
-    """The content of every parameter, hashed: the keys of all that is computed from weights."""
-    return {
-        name: digest(
-            f"{tuple(p.shape)} {p.dtype}", memoryview(p.detach().contiguous().view(torch.uint8).numpy()).cast("B")
-        )
-        for name, p in model.named_parameters()
-    }
-
-
-def read_spectra(model: PreTrainedModel, weights: dict[str, str], cache: Cache) -> dict[str, Spectrum]:
-    """The spectrum of every compressible weight, from the cache where that weight has been decomposed before."""
-    spectra = {}
-    for name, module in tqdm(components(model).items(), desc="spectra", unit="weight", leave=False):
-        try:
-            sigma_K = cache.get(
-                "spectra",
-                weights[f"{name}.weight"],
-                torch.load,
-                torch.save,
-                lambda W=module.weight: singular_values(W),
-            )
-        except Refused as error:
-            raise Refused(f"{name}: {error}") from error
-        spectra[name] = Spectrum(tuple(module.weight.shape), sigma_K)
-    return spectra
-
-
-def factorize(model: PreTrainedModel, plan: Plan, weights: dict[str, str], cache: Cache) -> None:
-    """Put two factors in the place of every weight that the plan cuts, one weight at a time."""
-
-    def read(path: Path) -> Basis:
-        return Basis(**torch.load(path))
-
-    def write(vectors: Basis, path: Path) -> None:
-        torch.save({"sigma_K": vectors.sigma_K.cpu(), "vectors_KK": vectors.vectors_KK.cpu()}, path)
-
-    for name, rank in tqdm(plan.factored.items(), desc="factorize", unit="weight", leave=False):
-        dense = model.get_submodule(name)
-        vectors = cache.get("bases", weights[f"{name}.weight"], read, write, lambda W=dense.weight: basis(W))
-        A_MR, B_RN = factors(dense.weight, vectors, rank)
-        replace(model, name, LowRankLinear.of(A_MR, B_RN, dense.bias))
-
-
 def _dense(model, weights: dict[str, str], windows_BL: Tensor, config: Config, device, cache: Cache) -> dict[str, Any]:
     """How the uncompressed model scores under this protocol, measured once for each device."""
     key = digest(
@@ -252,8 +205,8 @@ def _compression(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
 def _refuse_empty(plan: Plan, config: Config) -> None:
     if config.err and not plan.factored:
         raise Refused(
-            f"err={config.err} with ranks={config.ranks.name} and ranks.dense={config.ranks.dense} leaves every weight "
-            f"dense. Ask for a larger err, or write ranks.dense=never."
+            f"err={config.err} with ranks={config.ranks.name} and ranks.dense={config.ranks.dense} leaves every "
+            f"weight dense. Ask for a larger err, or write ranks.dense=never."
         )
 
 

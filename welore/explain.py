@@ -1,0 +1,61 @@
+"""What stopped a run, said to the person who started it."""
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from welore.config import compose
+from welore.errors import Interrupted, Refused
+
+
+def explain(error: BaseException) -> int:
+    """Print what stopped a run, as far as possible in one line, and return the exit status for it."""
+    for cause in _chain(error):
+        if isinstance(cause, Refused):
+            return _say(str(cause), 2)
+        if isinstance(cause, Interrupted):
+            return _say(str(cause), 143)  # what a shell reports of a process ended by SIGTERM
+        if isinstance(cause, FloatingPointError):
+            return _say(str(cause), 1)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _say(_with_hint(error), 2)
+    if isinstance(error, PermissionError):
+        return _say(f"{error.filename} cannot be written. Give a folder that can: outputs=FOLDER.", 1)
+    traceback.print_exception(error)
+    return 1
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _say(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _with_hint(error: Exception) -> str:
+    """Hydra's own words, and for a misspelled key the nearest one that there is."""
+    message = str(error).strip()
+    misspelled = re.search(r"Could not override '([\w.]+)'", message)
+    if misspelled is None:
+        return message
+
+    def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            child = None if node._is_interpolation(key) or node._is_missing(key) else node._get_node(key)
+            if isinstance(child, DictConfig):
+                yield from keys(child, f"{prefix}{key}.")
+
+    near = difflib.get_close_matches(misspelled[1], list(keys(compose([]))), n=3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "`python run.py --cfg job` shows every key."
+    return f"there is no option {misspelled[1]} in this combination. {hint}"

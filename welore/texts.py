@@ -1,0 +1,82 @@
+"""Documents from local files, and their division into splits."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from welore.cache import digest
+from welore.errors import Refused
+
+SPLITS = ("train", "calibration", "validation", "test")
+# A pool of documents is split by a hash of each text, so that a document and its copies fall on one side.
+SHARES = {"train": 80, "calibration": 5, "validation": 5, "test": 10}
+
+
+def shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
+    pool = list(texts)
+    random.Random(seed).shuffle(pool)
+    return iter(pool)
+
+
+def hashed_split(texts: list[str], split: str) -> list[str]:
+    start = sum(SHARES[name] for name in SPLITS[: SPLITS.index(split)])
+    return [text for text in texts if start <= int(digest(text), 16) % 100 < start + SHARES[split]]
+
+
+def text_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise Refused(f"task.path={path} does not exist. The working folder is {Path.cwd()}.")
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".txt", ".raw"))
+    if not files:
+        raise Refused(f"task.path={path} holds no .jsonl, .txt or .raw file.")
+    return files
+
+
+def read_documents(file: Path, alone: bool) -> list[str]:
+    """The documents of one file: the `text` of each line of a jsonl, the lines of a raw file, a whole txt file.
+
+    A txt file that stands `alone` is divided into its paragraphs (at blank lines). Empty documents are left out.
+    """
+    content = file.read_text(encoding="utf-8")
+    if file.suffix == ".jsonl":
+        try:
+            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise Refused(
+                f"{file} is not a jsonl with a field `text` on each line: {type(error).__name__}: {error}"
+            ) from error
+    elif file.suffix == ".raw":
+        texts = content.split("\n")
+    else:
+        texts = content.split("\n\n") if alone else [content]
+    return [text for text in texts if text.strip()]
+
+
+def _split_of(file: Path) -> str | None:
+    marks = {"train": "train", "calib": "calibration", "valid": "validation", "dev": "validation", "test": "test"}
+    return next((split for mark, split in marks.items() if mark in file.stem.lower()), None)
+
+
+def local_split(path: Path, split: str) -> list[str]:
+    """Files named after their split serve that split; where none is held out by name, all documents are pooled."""
+    files = text_files(path)
+    named = {split: [f for f in files if _split_of(f) == split] for split in SPLITS}
+    if named["test"] or named["validation"]:
+        texts = [text for file in named[split] for text in read_documents(file, alone=False)]
+        if not texts and split == "calibration" and named["train"]:
+            texts = _local_split_of_train(named["train"], "calibration")
+        elif split == "train" and not named["calibration"]:
+            texts = _local_split_of_train(named["train"], "train")
+    else:
+        texts = hashed_split([t for file in files for t in read_documents(file, alone=path.is_file())], split)
+    if not texts:
+        raise Refused(f"task.path={path} holds no {split} text. Its files are {[f.name for f in files]}.")
+    return texts
+
+
+def _local_split_of_train(files: list[Path], split: str) -> list[str]:
+    """Calibration texts taken out of the training files, where none are named."""
+    texts = [text for file in files for text in read_documents(file, alone=False)]
+    calibration = set(hashed_split(texts, "calibration"))
+    return [text for text in texts if (text in calibration) == (split == "calibration")]
