@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from welore.config import compose
@@ -49,13 +49,13 @@ def _with_hint(error: Exception) -> str:
     if misspelled is None:
         return message
 
-    def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-        for key in node:
-            yield f"{prefix}{key}"
-            child = None if node._is_interpolation(key) or node._is_missing(key) else node._get_node(key)
-            if isinstance(child, DictConfig):
-                yield from keys(child, f"{prefix}{key}.")
-
-    near = difflib.get_close_matches(misspelled[1], list(keys(compose([]))), n=3)
+    near = difflib.get_close_matches(misspelled[1], list(_keys(OmegaConf.to_container(compose([])))), n=3)
     hint = f"Did you mean {' or '.join(near)}?" if near else "`python run.py --cfg job` shows every key."
     return f"there is no option {misspelled[1]} in this combination. {hint}"
+
+
+def _keys(node: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
