@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from welore.config import register, spell_out, to_config
+from welore.errors import Interrupted
 from welore.explain import explain
 from welore.report import summary
 
@@ -27,5 +28,5 @@ if __name__ == "__main__":
     try:
         sys.argv[1:] = spell_out(sys.argv[1:])
         main()
-    except Exception as error:
+    except (Exception, Interrupted, KeyboardInterrupt) as error:
         sys.exit(explain(error))

@@ -9,5 +9,12 @@ class Refused(ValueError):
     """
 
 
-class Interrupted(Exception):
-    """The run was told to stop. Its last checkpoint is written, and the same command goes on from it."""
+class Interrupted(BaseException):
+    """A signal told the run to stop. Its checkpoint is written, and the same command goes on from it.
+
+    Like KeyboardInterrupt it is no `Exception`: a sweep that is told to stop does not go on with its next cell.
+    """
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

@@ -20,7 +20,7 @@ def explain(error: BaseException) -> int:
         if isinstance(cause, Refused):
             return _say(str(cause), 2)
         if isinstance(cause, Interrupted):
-            return _say(str(cause), 143)  # what a shell reports of a process ended by SIGTERM
+            return _say(str(cause), 128 + cause.signal)  # what a shell reports of a process that a signal ended
         if isinstance(cause, FloatingPointError):
             return _say(str(cause), 1)
     if isinstance(error, HydraException | OmegaConfBaseException):

@@ -3,12 +3,15 @@
 import logging
 import os
 import shutil
+import signal
+import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
@@ -32,11 +35,12 @@ def fit(
     loggers: list[Logger],
     throughput: Throughput,
 ) -> None:
-    """Train to the end, from the last checkpoint in `folder` where there is one. Raises Interrupted on SIGTERM."""
+    """Train to the end, from the last checkpoint in `folder` where there is one. Raises Interrupted on a signal."""
     history = History(folder)
     last = folder / CHECKPOINTS / "last.ckpt"
-    checkpoint = str(last) if last.exists() else None
-    history.start_at(_steps_done(last) if checkpoint else 0)
+    done = _steps_done(last)
+    checkpoint = str(last) if done else None
+    history.start_at(done)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # hints about workers, srun and services that do not concern this run
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -52,25 +56,61 @@ def fit(
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=[history, *loggers],
-            callbacks=[throughput, _checkpoints(folder, trainer.checkpoint_every), *_bar(trainer.progress)],
+            callbacks=[throughput, _checkpoints(last, trainer.checkpoint_every), Stop(last), *_bar(trainer.progress)],
             plugins=_slurm_plugins(),
             enable_progress_bar=trainer.progress,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
         runner.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    if runner.interrupted or runner.received_sigterm:
-        raise Interrupted(f"stopped after step {runner.global_step} of {batches.steps}; the same command goes on")
 
 
-def _checkpoints(folder: Path, every: int) -> ModelCheckpoint:
+class Stop(Callback):
+    """On SIGTERM or Ctrl-C, finish the optimizer step, write the checkpoint and raise Interrupted.
+
+    Inside a step nothing may be saved: half of its gradients, or half of its updated weights, would be lost. A second
+    Ctrl-C stops at once, and the run goes on from the last regular checkpoint.
+    """
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        self.signal: int | None = None
+        self.saved = False
+        self.before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer, module) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame) -> None:
+        if number == self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        if self.signal is not None and (index + 1) % trainer.accumulate_grad_batches == 0:
+            trainer.save_checkpoint(self.checkpoint)
+            self.saved = True
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        # Only here has the step before been logged.
+        if self.saved:
+            message = f"stopped by a signal after step {trainer.global_step} of {module.steps}"
+            raise Interrupted(f"{message}; the same command goes on from there", self.signal)
+
+    def teardown(self, trainer, module, stage) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
+def _checkpoints(last: Path, every: int) -> ModelCheckpoint:
     return ModelCheckpoint(
-        dirpath=folder / CHECKPOINTS,
+        dirpath=last.parent,
         filename="step",
         every_n_train_steps=every,
         save_top_k=0,
         save_last=True,
-        save_on_exception=True,
         enable_version_counter=False,
     )
 
@@ -85,7 +125,14 @@ def discard_checkpoints(folder: Path) -> None:
 
 
 def _steps_done(checkpoint: Path) -> int:
-    return int(torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"])
+    """The optimizer steps in a checkpoint; 0 where there is none or it was cut short."""
+    try:
+        return int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
+    except FileNotFoundError:
+        return 0
+    except Exception as error:  # whatever a truncated file makes its reader raise
+        print(f"{checkpoint} is damaged ({type(error).__name__}); training starts again")
+        return 0
 
 
 def _slurm_plugins() -> list:
