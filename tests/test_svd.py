@@ -1,0 +1,119 @@
+import pytest
+import torch
+
+from welore.errors import Refused
+from welore.svd import basis, factors, singular_values
+
+SHAPES = [(48, 80), (80, 48), (64, 64)]
+
+
+def with_spectrum(shape, sigma_K):
+    """A float32 matrix of the given shape with (up to rounding) the given singular values."""
+    K = len(sigma_K)
+    U_MK = torch.linalg.qr(torch.randn(shape[0], K, dtype=torch.float64)).Q
+    V_NK = torch.linalg.qr(torch.randn(shape[1], K, dtype=torch.float64)).Q
+    return ((U_MK * sigma_K) @ V_NK.T).float()
+
+
+def gaussian(shape):
+    return torch.randn(shape)
+
+
+def power_law(shape):
+    return with_spectrum(shape, torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -1.5)
+
+
+def exponential(shape):
+    return with_spectrum(shape, torch.exp(-torch.arange(min(shape), dtype=torch.float64) / 2))
+
+
+def rank_deficient(shape):
+    """Exactly of rank 5: the product of two thin matrices of small integers."""
+    left, right = torch.randint(-3, 4, (shape[0], 5)), torch.randint(-3, 4, (5, shape[1]))
+    return (left @ right).float()
+
+
+KINDS = [gaussian, power_law, exponential, rank_deficient]
+every_kind = pytest.mark.parametrize("make", KINDS)
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+@every_kind
+@every_shape
+def test_singular_values_are_those_of_a_float64_svd(make, shape):
+    W_MN = make(shape)
+    expected_K = torch.linalg.svdvals(W_MN.double())
+    assert (singular_values(W_MN) - expected_K).abs().max() <= 2e-8 * expected_K[0]
+
+
+@every_kind
+@every_shape
+def test_the_basis_has_the_singular_values_of_the_spectrum(make, shape):
+    W_MN = make(shape)
+    expected_K = torch.linalg.svdvals(W_MN.double())
+    assert (basis(W_MN).sigma_K - expected_K).abs().max() <= 2e-8 * expected_K[0]
+
+
+@every_kind
+@every_shape
+@pytest.mark.parametrize("rank", [1, 3, 17])
+def test_the_error_of_the_factors_is_the_energy_of_the_dropped_tail(make, shape, rank):
+    W_MN = make(shape)
+    A_MR, B_RN = factors(W_MN, basis(W_MN), rank)
+    assert A_MR.shape == (shape[0], rank) and B_RN.shape == (rank, shape[1])
+    error = (W_MN.double() - A_MR.double() @ B_RN.double()).norm()
+    sigma_K = torch.linalg.svdvals(W_MN.double())
+    assert error == pytest.approx(float(sigma_K[rank:].norm()), rel=1e-4, abs=2e-6 * float(sigma_K[0]))
+
+
+@every_shape
+def test_the_factors_multiply_to_the_truncated_svd(shape):
+    W_MN = power_law(shape)
+    A_MR, B_RN = factors(W_MN, basis(W_MN), 4)
+    U_MK, sigma_K, Vh_KN = torch.linalg.svd(W_MN.double(), full_matrices=False)
+    expected = (U_MK[:, :4] * sigma_K[:4]) @ Vh_KN[:4]
+    torch.testing.assert_close((A_MR @ B_RN).double(), expected, rtol=0, atol=1e-6)
+
+
+@every_kind
+@every_shape
+def test_full_rank_changes_nothing(make, shape):
+    W_MN = make(shape)
+    A_MR, B_RN = factors(W_MN, basis(W_MN), min(shape))
+    torch.testing.assert_close(A_MR @ B_RN, W_MN, rtol=0, atol=2e-6 * float(W_MN.norm()))
+
+
+@every_shape
+def test_the_factors_are_balanced(shape):
+    W_MN = power_law(shape)
+    A_MR, B_RN = factors(W_MN, basis(W_MN), 20)
+    root_R = torch.linalg.svdvals(W_MN.double())[:20].sqrt().float()
+    torch.testing.assert_close(A_MR.norm(dim=0), root_R, rtol=1e-3, atol=0)
+    torch.testing.assert_close(B_RN.norm(dim=1), root_R, rtol=1e-3, atol=0)
+
+
+@every_shape
+def test_factors_of_bfloat16_weights_are_bfloat16(shape):
+    W_MN = power_law(shape).bfloat16()
+    A_MR, B_RN = factors(W_MN, basis(W_MN), 8)
+    assert A_MR.dtype == B_RN.dtype == torch.bfloat16
+    exact_A, exact_B = factors(W_MN.float(), basis(W_MN.float()), 8)
+    assert torch.equal(A_MR, exact_A.bfloat16()) and torch.equal(B_RN, exact_B.bfloat16())
+
+
+@every_shape
+def test_a_zero_matrix_has_zero_singular_values_and_zero_factors(shape):
+    W_MN = torch.zeros(shape)
+    assert torch.equal(singular_values(W_MN), torch.zeros(min(shape), dtype=torch.float64))
+    A_MR, B_RN = factors(W_MN, basis(W_MN), 3)
+    assert A_MR.isfinite().all() and B_RN.isfinite().all()
+    assert torch.equal(A_MR @ B_RN, W_MN)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("decompose", [singular_values, basis])
+def test_a_weight_that_is_not_finite_is_refused(bad, decompose):
+    W_MN = torch.ones(4, 6)
+    W_MN[1, 2] = bad
+    with pytest.raises(Refused, match="1 of its 24 values"):
+        decompose(W_MN)
