@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -40,6 +41,13 @@ def read_spectra(model: PreTrainedModel, weights: dict[str, str], cache: Cache) 
             raise Refused(f"{name}: {error}") from error
         spectra[name] = Spectrum(tuple(module.weight.shape), sigma_K)
     return spectra
+
+
+def save_spectra(spectra: dict[str, Spectrum], path: Path) -> None:
+    """The singular values of every compressible weight under its name, descending, in float32: what figures draw."""
+    part = path.with_name(f"{path.name}.part")
+    save_file({name: spectrum.sigma_K.float() for name, spectrum in spectra.items()}, part)
+    part.replace(path)
 
 
 def factorize(model: PreTrainedModel, plan: Plan, weights: dict[str, str], cache: Cache) -> None:

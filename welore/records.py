@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -19,6 +20,25 @@ class Sweep:
 
     def cells(self) -> list[dict[str, Any]]:
         return [dict(zip(self.axes, values, strict=True)) for values in product(*self.axes.values())]
+
+    def overrides(self) -> list[str]:
+        """The arguments of one multirun, or of one run where every axis has a single value."""
+        return [f"{key}={','.join(map(_written, values))}" for key, values in self.axes.items()]
+
+
+def sweeps(cells: Sequence[dict[str, Any]]) -> list[Sweep]:
+    """Full products that hold exactly these cells, each once: one where they are one product, else a few."""
+    boxes = [{key: [value] for key, value in cell.items()} for cell in cells]
+    for key in dict.fromkeys(key for cell in cells for key in cell):
+        merged: dict[str, dict[str, list]] = {}
+        for box in boxes:
+            alike = repr({axis: None if axis == key else values for axis, values in box.items()})
+            if alike in merged:
+                merged[alike][key] += box[key]
+            else:
+                merged[alike] = box
+        boxes = list(merged.values())
+    return [Sweep(box) for box in boxes]
 
 
 @dataclass
@@ -39,8 +59,11 @@ class Record:
         """Write `record.json` whole or not at all. A number that is not finite is written as null."""
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{FILE}.part"
-        part.write_text(json.dumps(_finite(asdict(self)), indent=2, sort_keys=True, allow_nan=False))
-        part.replace(folder / FILE)
+        try:
+            part.write_text(json.dumps(_finite(asdict(self)), indent=2, sort_keys=True, allow_nan=False))
+            part.replace(folder / FILE)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
@@ -51,12 +74,10 @@ class Record:
             return None
 
 
-def records(root: Path) -> Iterator[Record]:
-    """Every finished run under `root`."""
-    for path in sorted(root.rglob(FILE)):
-        record = Record.read(path.parent)
-        if record is not None and record.status == "done":
-            yield record
+def records(root: Path) -> list[tuple[Path, Record]]:
+    """Every readable record under `root` with its run folder, those that failed too, the earliest first."""
+    found = [(path.parent, Record.read(path.parent)) for path in root.rglob(FILE)]
+    return sorted(((f, r) for f, r in found if r is not None), key=lambda pair: (pair[1].started, pair[0]))
 
 
 def _finite(value: Any) -> Any:
@@ -65,3 +86,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _written(value: Any) -> str:
+    """A value in Hydra's grammar, quoted where a sign of it has a meaning there."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    text = str(value)
+    escaped = text.replace("'", "\\'")
+    return text if re.fullmatch(r"[\w./:@+-]+", text) else f"'{escaped}'"

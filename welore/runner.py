@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from welore import checkpoint, metrics
 from welore.batches import Batches, evaluation_windows, training_rows
 from welore.cache import Cache, digest
-from welore.compress import factorize, read_spectra, weight_digests
+from welore.compress import factorize, read_spectra, save_spectra, weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Refused
 from welore.evaluate import Score, perplexity
@@ -83,6 +83,7 @@ def _story(config: Config, folder: Path, name: str) -> tuple[dict[str, Any], dic
     found |= _dense(model, weights, windows_BL, config, device, cache)
 
     spectra = read_spectra(model, weights, cache)
+    save_spectra(spectra, folder / "spectra.safetensors")
     plan = config.ranks.plan(spectra, config.budget)
     _refuse_empty(plan, config)
     (folder / "ranks.json").write_text(json.dumps(plan.ranks, indent=2))
