@@ -6,27 +6,45 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from welore.config import register, spell_out, to_config
 from welore.errors import Interrupted
-from welore.explain import explain
+from welore.explain import conclude, explain
 from welore.report import summary
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> None:
     config, folder = to_config(cfg), Path(HydraConfig.get().runtime.output_dir)
     from welore.runner import run
 
     print(summary(run(config, folder), folder), flush=True)
 
 
+def main() -> int:
+    """The exit status of one run, or of a sweep, in which a cell that fails does not stop the others."""
+    failed: dict[str, int] = {}
+
+    @hydra.main(version_base="1.3", config_path="conf", config_name="config")
+    def cell(cfg: DictConfig) -> None:
+        try:
+            run(cfg)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # now, for the sweep may go on for hours
+                overrides = " ".join(HydraConfig.get().overrides.task)
+                failed[overrides] = explain(error, overrides)
+            raise
+
+    try:
+        sys.argv[1:] = spell_out(sys.argv[1:])
+        cell()
+    except (Exception, Interrupted, KeyboardInterrupt) as error:
+        return conclude(failed) if failed and isinstance(error, Exception) else explain(error)
+    return 0
+
+
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are explained here, not by Hydra
     register()
-    try:
-        sys.argv[1:] = spell_out(sys.argv[1:])
-        main()
-    except (Exception, Interrupted, KeyboardInterrupt) as error:
-        sys.exit(explain(error))
+    sys.exit(main())

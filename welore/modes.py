@@ -57,6 +57,14 @@ class Adam(Mode):
     weight_decay: float
     norms: bool
 
+    def __post_init__(self):
+        betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        if not (self.lr > 0 and betas and self.eps > 0 and self.weight_decay >= 0):
+            raise Refused(
+                f"mode has lr={self.lr}, betas={list(self.betas)}, eps={self.eps}, weight_decay={self.weight_decay}. "
+                f"Write lr > 0, two betas with 0 <= beta < 1, eps > 0 and weight_decay >= 0."
+            )
+
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return AdamW(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
 
@@ -99,8 +107,12 @@ class GaLore(Full):
     scale: float
 
     def __post_init__(self):
-        if self.rank < 1 or self.gap < 1:
-            raise Refused(f"mode.rank={self.rank} and mode.gap={self.gap} must be 1 or more.")
+        super().__post_init__()
+        if self.rank < 1 or self.gap < 1 or self.scale <= 0:
+            raise Refused(
+                f"mode.rank={self.rank}, mode.gap={self.gap}, mode.scale={self.scale}: a projection needs a rank and "
+                f"a gap of 1 or more, and a scale above 0."
+            )
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
@@ -122,10 +134,13 @@ class Lora(Adam):
     lora_on: str
 
     def __post_init__(self):
+        super().__post_init__()
         if self.lora_on not in ("factors", "merged"):
             raise Refused(f"mode.lora_on={self.lora_on} is unknown. Write factors or merged.")
         if self.rank < 1:
             raise Refused(f"mode.rank={self.rank} adapts nothing. Write 1 or more.")
+        if not 0 <= self.dropout < 1:
+            raise Refused(f"mode.dropout={self.dropout} is not a share in [0, 1). Write 0 for none.")
 
     def prepare(self, model: PreTrainedModel) -> None:
         from peft import LoraConfig, inject_adapter_in_model

@@ -136,10 +136,10 @@ def solve_threshold(spectra: dict[str, Spectrum], budget: Budget, normalize: str
 
 
 def _refuse_far(steps: Tensor, best: int, budget: Budget) -> None:
-    """Stop where the budget is out of reach; a step of the dense rule (a few percent) is not."""
+    """Stop where the budget is out of reach; between two steps of the dense rule (a few percent) it is not."""
     asked = budget.err if budget.keep is None else 1 - budget.keep
-    if abs(float(steps[best]) - asked) > 0.1:
-        most = float(steps.max())
+    most, last = float(steps.max()), float(steps[-2:].diff().sum())
+    if abs(float(steps[best]) - asked) > 0.1 or asked > most + last:
         limit = f"err={most:.3f}" if budget.keep is None else f"keep={1 - most:.3f}"
         raise Refused(
             f"{budget} is out of reach: every weight keeps at least rank 1, the most that one threshold removes "

@@ -79,9 +79,11 @@ class Training:
                 f"{where} has steps={self.steps} and tokens={self.tokens}: give exactly one, the other null."
             )
         for key in ("steps", "tokens", "length", "batch", "accumulate", "validate_every", "validation_windows"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise Refused(f"{where}.{key}={value} trains nothing. Write 1 or more, or mode=none for no training.")
+            value, least = getattr(self, key), 2 if key == "length" else 1  # a sequence of 1 has no next token
+            if value is not None and value < least:
+                raise Refused(
+                    f"{where}.{key}={value} trains nothing. Write {least} or more, or mode=none for no training."
+                )
         if self.batch % self.accumulate:
             raise Refused(
                 f"{where}.batch={self.batch} does not divide into accumulate={self.accumulate} equal passes. "
@@ -90,7 +92,10 @@ class Training:
         if self.schedule not in ("cosine", "linear", "constant"):
             raise Refused(f"{where}.schedule={self.schedule} is unknown. Write cosine, linear or constant.")
         if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1 and self.clip >= 0 and self.lr > 0):
-            raise Refused(f"{where} wants 0 <= warmup < 1, 0 <= floor <= 1, clip >= 0 and lr > 0; it has {self}.")
+            raise Refused(
+                f"{where} has warmup={self.warmup}, floor={self.floor}, clip={self.clip}, lr={self.lr}. "
+                f"Write 0 <= warmup < 1, 0 <= floor <= 1, clip >= 0 and lr > 0."
+            )
 
     def lr_factor(self, step: int, steps: int) -> float:
         """What the peak learning rate is multiplied with in the given step of `steps`, counted from 0."""

@@ -38,19 +38,30 @@ def read_documents(file: Path, alone: bool) -> list[str]:
 
     A txt file that stands `alone` is divided into its paragraphs (at blank lines). Empty documents are left out.
     """
-    content = file.read_text(encoding="utf-8")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}). Write it as UTF-8.") from error
     if file.suffix == ".jsonl":
         try:
-            texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+            texts = [_text_of(line) for line in content.splitlines() if line.strip()]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise Refused(
-                f"{file} is not a jsonl with a field `text` on each line: {type(error).__name__}: {error}"
+                f"{file} is not a jsonl with a string in the field `text` of each line: "
+                f'{type(error).__name__}: {error}. Write lines such as {{"text": "..."}}.'
             ) from error
     elif file.suffix == ".raw":
         texts = content.split("\n")
     else:
         texts = content.split("\n\n") if alone else [content]
     return [text for text in texts if text.strip()]
+
+
+def _text_of(line: str) -> str:
+    text = json.loads(line)["text"]
+    if not isinstance(text, str):
+        raise TypeError(f"the text is a {type(text).__name__}")
+    return text
 
 
 def _split_of(file: Path) -> str | None:
@@ -71,7 +82,10 @@ def local_split(path: Path, split: str) -> list[str]:
     else:
         texts = hashed_split([t for file in files for t in read_documents(file, alone=path.is_file())], split)
     if not texts:
-        raise Refused(f"task.path={path} holds no {split} text. Its files are {[f.name for f in files]}.")
+        raise Refused(
+            f"task.path={path} holds no {split} text. Its files are {[f.name for f in files]}. Give more documents, "
+            f"or files named after their split (train.jsonl, validation.jsonl, test.jsonl)."
+        )
     return texts
 
 
