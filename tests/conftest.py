@@ -11,12 +11,19 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": 
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from welore.batches import Batches, training_rows
 from welore.cache import Cache
 from welore.compress import factorize, read_spectra, weight_digests
 from welore.config import compose, to_config
+from welore.fit import fit
+from welore.measure import Throughput
+from welore.modes import select
+from welore.module import Tuner
 from welore.ranks import Budget, Welore
+from welore.trainer import discard_checkpoints
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(
@@ -129,6 +136,31 @@ def text_file(documents, tmp_path_factory):
     file = tmp_path_factory.mktemp("texts") / "documents.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return file
+
+
+@pytest.fixture
+def train(configured, tokenizer, cache, text_file, tmp_path):
+    """A function of a model and overrides: trains what the mode selects, as a run does, and returns the Tuner.
+
+    The steps are in the history of `tmp_path`, and `tuner.names` are the names of what the mode selected.
+    """
+
+    def train(model, *overrides):
+        config = configured(f"task.path={text_file}", "task/training=smoke", "trainer.progress=false", *overrides)
+        training = config.task.training
+        batches = Batches(training_rows(config.task, tokenizer, cache, config.seed), training, config.seed)
+        rows = training_rows(config.task, tokenizer, cache, config.seed, "validation", training.validation_windows)
+        validation = DataLoader([rows.batch(torch.tensor([row])) for row in range(len(rows))], batch_size=None)
+        torch.manual_seed(config.seed)
+        parameters = select(model, config.mode)
+        tuner = Tuner(model, config.mode, parameters, training, batches.steps)
+        tuner.names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        discard_checkpoints(tmp_path)
+        fit(config.trainer, tuner, batches, validation, tmp_path, None, [], Throughput(training.accumulate))
+        model.eval()
+        return tuner
+
+    return train
 
 
 @pytest.fixture(scope="session")

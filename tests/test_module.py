@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from welore.evaluate import perplexity
+from welore.history import read_history
+from welore.models import components
+
+
+def lines(folder, key):
+    return [line for line in read_history(folder) if key in line]
+
+
+def test_the_logged_curve_has_every_step_with_its_rate_and_tokens(compressed, train, tmp_path):
+    tuner = train(compressed, "task.training.steps=4", "task.training.floor=0.0", "task.training.warmup=0.0")
+    steps = lines(tmp_path, "train/loss")
+    assert [line["step"] for line in steps] == [0, 1, 2, 3]
+    factors = [1.0, 0.8535534, 0.5, 0.1464466]  # half a cosine
+    assert [line["train/lr"] for line in steps] == pytest.approx([5e-4 * f for f in factors], rel=1e-6)
+    assert [line["train/tokens"] for line in steps] == [128, 256, 384, 512]
+    assert tuner.tokens_seen == 512
+
+
+def test_training_lowers_the_loss(compressed, train, tmp_path):
+    train(
+        compressed, "task.training.steps=30", "task.training.lr=5e-3", "task.training.validate_every=15", "mode=full"
+    )
+    losses = [line["train/loss"] for line in lines(tmp_path, "train/loss")]
+    assert losses[-1] < losses[0] - 0.3
+    first, last = [line["validation/perplexity"] for line in lines(tmp_path, "validation/perplexity")]
+    assert last < first < 259
+
+
+def test_validation_perplexity_is_the_perplexity_of_the_held_out_rows(compressed, train, tmp_path, monkeypatch):
+    tuner = train(compressed, "task.training.steps=2", "task.training.validate_every=2")
+    (line,) = lines(tmp_path, "validation/perplexity")
+    rows = torch.cat([batch["ids_BL"] for batch in tuner.trainer.val_dataloaders])
+    assert len(rows) == 2
+    assert line["validation/perplexity"] == pytest.approx(perplexity(compressed, rows).perplexity, rel=1e-5)
+
+
+def test_clipping_bounds_the_norm_of_the_gradient(compressed, train, monkeypatch):
+    norms = []
+
+    def record(optimizer):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+
+    monkeypatch.setattr("welore.optim.AdamW.step", _before(record))
+    for clip in ("0", "0.01"):
+        train(compressed, "task.training.steps=1", f"task.training.clip={clip}")
+    assert norms[0] > 0.05 and norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def _before(record):
+    step = torch.optim.AdamW.step
+
+    def recorded(optimizer, closure=None):
+        loss = closure()
+        record(optimizer)
+        step(optimizer)
+        return loss
+
+    return recorded
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_layer(compressed, train):
+    name, module = list(components(compressed).items())[-1]
+    assert name.startswith("model.layers.1.")
+    next(module.parameters()).data[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"step 0 is nan; it starts in model\.layers\.1$"):
+        train(compressed)
+
+
+def test_a_checkpoint_holds_what_trains_and_nothing_else(compressed, train):
+    tuner = train(compressed, "task.training.steps=1")
+    checkpoint = {"state_dict": tuner.state_dict()}
+    tuner.on_save_checkpoint(checkpoint)
+    assert checkpoint["state_dict"].keys() == {f"model.{name}" for name in tuner.names}
+    assert checkpoint["tokens_seen"] == 128
+    assert len(tuner.names) < len(tuner.state_dict())
