@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import signal
 import threading
 import warnings
@@ -20,9 +19,7 @@ from welore.errors import Interrupted
 from welore.history import History
 from welore.measure import Throughput
 from welore.module import Tuner
-from welore.trainer import Trainer
-
-CHECKPOINTS = "checkpoints"
+from welore.trainer import CHECKPOINTS, Trainer
 
 
 def fit(
@@ -117,11 +114,6 @@ def _checkpoints(last: Path, every: int) -> ModelCheckpoint:
 
 def _bar(progress: bool) -> list[TQDMProgressBar]:
     return [TQDMProgressBar(refresh_rate=1)] if progress else []
-
-
-def discard_checkpoints(folder: Path) -> None:
-    """Drop what a finished run no longer needs, or what a forced one must not continue from."""
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _steps_done(checkpoint: Path) -> int:

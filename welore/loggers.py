@@ -1,6 +1,9 @@
 """Where the curves of a run go: W&B online, W&B on disk to be synced later, or nowhere but the run folder."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +20,12 @@ class Logger:
 
     name: str
 
-    def build(
+    @contextmanager
+    def open(
         self, folder: Path, run: str, group: str | None, tags: list[str], config: dict[str, Any]
-    ) -> "list[LightningLogger]":
+    ) -> "Iterator[list[LightningLogger]]":
         """The loggers beside the history; `run` is the fingerprint, so that a resumed run goes on under its name."""
-        return []
+        yield []
 
 
 @dataclass
@@ -32,9 +36,11 @@ class Wandb(Logger):
     entity: str | None
     offline: bool
 
-    def build(
+    @contextmanager
+    def open(
         self, folder: Path, run: str, group: str | None, tags: list[str], config: dict[str, Any]
-    ) -> "list[LightningLogger]":
+    ) -> "Iterator[list[LightningLogger]]":
+        os.environ.setdefault("WANDB_SILENT", "true")  # before the import: its start-up lines would break the bars
         import wandb
         from lightning.pytorch.loggers import WandbLogger
 
@@ -44,18 +50,20 @@ class Wandb(Logger):
                 "or write logger=offline and `wandb sync` the run folder later."
             )
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
-        return [
-            WandbLogger(
-                save_dir=str(folder),
-                project=self.project,
-                entity=self.entity,
-                offline=self.offline,
-                id=run,
-                resume=None if self.offline else "allow",
-                name="/".join(tags),
-                group=group,
-                tags=tags,
-                config=config,
-                settings=wandb.Settings(silent=True, console="off"),
-            )
-        ]
+        logger = WandbLogger(
+            save_dir=str(folder),
+            project=self.project,
+            entity=self.entity,
+            offline=self.offline,
+            id=run,
+            resume=None if self.offline else "allow",
+            name="/".join(tags),
+            group=group,
+            tags=tags,
+            config=config,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        try:
+            yield [logger]
+        finally:  # the next run of a sweep is another W&B run
+            logger.experiment.finish(exit_code=0 if sys.exc_info()[0] is None else 1)

@@ -29,6 +29,7 @@ from welore.modes import norm_parameters, select
 from welore.ranks import Plan
 from welore.records import Record
 from welore.report import announce
+from welore.trainer import discard_checkpoints
 
 MODEL = "model"
 
@@ -50,7 +51,9 @@ def run(config: Config, folder: Path) -> Record:
         started=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
     )
     try:
-        record.metrics, record.environment = _story(config, folder, record.fingerprint)
+        tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
+        with config.logger.open(folder, record.fingerprint, config.group, tags, asdict(config)) as loggers:
+            record.metrics, record.environment = _story(config, folder, loggers)
         record.status = "done"
     except BaseException as error:
         record.error = f"{type(error).__name__}: {error}"
@@ -61,14 +64,13 @@ def run(config: Config, folder: Path) -> Record:
         record.seconds = time.time() - started
         if record.status == "done" or finished is None or finished.status != "done":
             record.save(folder)
+    discard_checkpoints(folder)
     return record
 
 
-def _story(config: Config, folder: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _story(config: Config, folder: Path, loggers: list) -> tuple[dict[str, Any], dict[str, Any]]:
     torch.manual_seed(config.seed)
     device, cache = config.trainer.place(), Cache(Path(config.outputs) / ".cache")
-    tags = [config.model.name, config.svd.name, config.ranks.name, config.asked, config.mode.name, config.task.name]
-    loggers = config.logger.build(folder, name, config.group, tags, asdict(config))
 
     announce(f"load {config.model.name}")
     model, tokenizer = config.model.load(cache.folder)
@@ -107,18 +109,13 @@ def _story(config: Config, folder: Path, name: str) -> tuple[dict[str, Any], dic
         checkpoint.save(model, tokenizer, folder / MODEL)
     for logger in loggers:
         logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
-        logger.finalize("success")
-    if config.mode.trains:
-        from welore.fit import discard_checkpoints
-
-        discard_checkpoints(folder)
     protocol = f"{config.task.name} test: {config.task.protocol.title()}, {windows_BL.numel()} tokens"
     return found, environment(device) | {"protocol": protocol, "weights": digest(*weights.values())}
 
 
 def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: list) -> dict[str, Any]:
     """Train what the mode selects, and say how much that was and what it took."""
-    from welore.fit import discard_checkpoints, fit
+    from welore.fit import fit
     from welore.measure import GIB, Throughput
     from welore.module import Tuner
     from welore.optim import state_bytes

@@ -1,11 +1,15 @@
 """On which device a run computes, and how often it saves."""
 
 import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from welore.errors import Refused
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -32,3 +36,8 @@ class Trainer:
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE"):
             torch.set_num_threads(int(cpus))
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Drop what a finished run no longer needs, or what a forced one must not continue from."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

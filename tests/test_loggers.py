@@ -1,0 +1,106 @@
+"""What an offline W&B run holds, read back from its file."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from welore import metrics
+from welore.config import compose, to_config
+from welore.errors import Refused
+from welore.history import History, read_history
+from welore.runner import run
+
+HEADER, BLOCK = 7, 32768
+
+
+def wandb_records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """The records of a .wandb file: a LevelDB log (blocks of 32 KiB, chunks with a 7-byte header) of protobufs."""
+    data, position, parts = path.read_bytes(), HEADER, b""
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        if kind == 0:
+            return
+        parts += data[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (1, 4):  # whole, or the last of several
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+@pytest.fixture(scope="module")
+def offline_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("offline")
+    overrides = ["model=tiny", "err=0.5", "task/protocol=smoke", "task/training=smoke", "group=table1"]
+    config = to_config(compose([*overrides, "logger=offline", "trainer.progress=false", f"outputs={folder}"]))
+    record = run(config, folder / "run")
+    (file,) = (folder / "run").rglob("*.wandb")
+    return record, list(wandb_records(file))
+
+
+def test_the_offline_run_holds_every_curve_and_the_result(offline_run):
+    record, logged = offline_run
+    history: dict[str, list] = {}
+    for entry in logged:
+        for item in entry.history.item:
+            history.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    curves = (
+        metrics.TRAIN_LOSS,
+        metrics.TRAIN_LR,
+        metrics.TRAIN_TOKENS,
+        metrics.TRAIN_TOKENS_PER_SECOND,
+        metrics.TRAIN_PEAK_GIB,
+        metrics.VALIDATION_PERPLEXITY,
+    )
+    for metric in curves:
+        assert metric.key in history, f"{metric.key} is not among {sorted(history)}"
+    assert len(history[metrics.TRAIN_LOSS.key]) == record.metrics[metrics.FIT_STEPS.key]
+    results = (
+        metrics.DENSE_PERPLEXITY,
+        metrics.COMPRESSED_PERPLEXITY,
+        metrics.TUNED_PERPLEXITY,
+        metrics.ERR,
+        metrics.KEEP,
+    )
+    for metric in (*results, metrics.FIT_TOKENS_PER_SECOND, metrics.FIT_PEAK_GIB):
+        assert history[metric.key] == [pytest.approx(record.metrics[metric.key])]
+
+
+def test_the_offline_run_holds_group_tags_and_the_whole_config(offline_run):
+    record, logged = offline_run
+    (start,) = [entry.run for entry in logged if entry.HasField("run")][:1]
+    assert start.run_id == record.fingerprint
+    assert start.run_group == "table1"
+    assert {"tiny", "plain", "welore", "err=0.5", "sotu"} <= set(start.tags)
+    config = {item.key: json.loads(item.value_json) for item in start.config.update}
+    assert config["task"]["training"]["length"] == 64
+    assert config["mode"]["norms"] is True
+
+
+def test_online_without_a_key_is_refused_at_once(tmp_path, monkeypatch):
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    config = to_config(compose(["model=tiny", "mode=none", "logger=wandb", f"outputs={tmp_path}"]))
+    with pytest.raises(Refused, match="wandb login"), config.logger.open(tmp_path, "run", None, [], {}):
+        pass
+
+
+def test_the_history_of_a_resumed_run_has_no_step_twice(tmp_path):
+    history = History(tmp_path)
+    history.start_at(0)
+    for step in range(5):
+        history.log_metrics({"train/loss": float(step)}, step)
+    history.start_at(3)
+    history.log_metrics({"train/loss": 30.0}, 3)
+    assert [line["train/loss"] for line in read_history(tmp_path)] == [0.0, 1.0, 2.0, 30.0]

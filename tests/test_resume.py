@@ -1,0 +1,126 @@
+"""A run that is cut short goes on as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from welore.config import compose, to_config
+from welore.errors import Interrupted
+from welore.history import read_history
+from welore.module import Tuner
+from welore.records import Record
+from welore.runner import run
+
+SMALL = [
+    "model=tiny",
+    "err=0.5",
+    "logger=none",
+    "trainer.progress=false",
+    "task/protocol=smoke",
+    "task/training=smoke",
+]
+TRAINING = ["task.training.steps=12", "task.training.accumulate=2", "task.training.validate_every=4"]
+
+
+def losses(folder: Path) -> list[tuple]:
+    return [
+        (line["step"], line["train/loss"], line["train/tokens"])
+        for line in read_history(folder)
+        if "train/loss" in line
+    ]
+
+
+def config_of(outputs: Path, *overrides: str):
+    return to_config(compose([*SMALL, *TRAINING, f"outputs={outputs}", *overrides]))
+
+
+MODES = {
+    "welore": ["mode=welore"],
+    "bfloat16 weights with float32 masters": ["mode=full", "model.dtype=bfloat16"],
+    "galore": ["mode=galore", "mode.rank=8", "mode.gap=5"],
+    "lora on factors": ["mode=lora"],
+    "lora on the product": ["mode=lora", "mode.lora_on=merged"],
+    "padded token budget": ["task.training.pack=false", "task.training.steps=null", "task.training.tokens=1500"],
+}
+
+
+@pytest.mark.parametrize("overrides", MODES.values(), ids=MODES.keys())
+def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch, overrides):
+    whole = run(config_of(tmp_path, *overrides), tmp_path / "whole")
+    steps = Tuner.training_step
+
+    def stop_inside_step_5(tuner, batch, index):
+        if index == 9:  # the first pass of the fifth step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return steps(tuner, batch, index)
+
+    monkeypatch.setattr(Tuner, "training_step", stop_inside_step_5)
+    with pytest.raises(Interrupted, match="after step 5"):
+        run(config_of(tmp_path, *overrides), tmp_path / "cut")
+    assert Record.read(tmp_path / "cut").status == "failed"
+    assert len(losses(tmp_path / "cut")) == 5
+    monkeypatch.setattr(Tuner, "training_step", steps)
+    resumed = run(config_of(tmp_path, *overrides), tmp_path / "cut")
+
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert resumed.metrics["tuned/perplexity"] == whole.metrics["tuned/perplexity"]
+    assert resumed.metrics["fit/tokens"] == whole.metrics["fit/tokens"]
+    assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tmp_path, monkeypatch):
+    whole = run(config_of(tmp_path), tmp_path / "whole")
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "cut" / "checkpoints" / "last.ckpt").write_bytes(b"half a file")
+    resumed = run(config_of(tmp_path), tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert resumed.metrics["tuned/perplexity"] == whole.metrics["tuned/perplexity"]
+
+
+def _start(outputs: Path) -> subprocess.Popen:
+    command = [sys.executable, "run.py", *SMALL, "task.training.steps=400", "trainer.checkpoint_every=7"]
+    return subprocess.Popen(
+        [*command, f"outputs={outputs}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _folder(outputs: Path) -> Path | None:
+    return next((path.parent for path in outputs.glob("tiny/*/*/*/history.jsonl")), None)
+
+
+def _wait_for_step(outputs: Path, step: int) -> None:
+    for _ in range(6000):
+        folder = _folder(outputs)
+        if folder is not None and len(read_history(folder)) > step:
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"no step {step} in a minute")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_killed_process_goes_on_from_its_checkpoint(tmp_path, number, status):
+    process = _start(tmp_path / "cut")
+    _wait_for_step(tmp_path / "cut", 40)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    cut = _folder(tmp_path / "cut")
+    assert 40 < len(losses(cut)) < 400
+    assert (cut / "checkpoints" / "last.ckpt").exists()
+
+    again = _start(tmp_path / "cut")
+    again.communicate()
+    whole = _start(tmp_path / "whole")
+    whole.communicate()
+    assert again.returncode == whole.returncode == 0
+    assert losses(cut) == losses(_folder(tmp_path / "whole"))
+    ours, theirs = (json.loads((f / "record.json").read_text()) for f in (cut, _folder(tmp_path / "whole")))
+    assert ours["metrics"]["tuned/perplexity"] == theirs["metrics"]["tuned/perplexity"]
