@@ -174,7 +174,8 @@ class Hub(Task):
                 if text := row["text"].strip("\n"):
                     yield text
         except (OSError, ValueError) as error:  # a ConnectionError is an OSError
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Refused(
-                f"task={self.name} reads {self.repo} from the hub, which failed: {str(error).splitlines()[0]} "
+                f"task={self.name} reads {self.repo} from the hub, which failed: {reason} "
                 f"Give a local copy: task.path=FILE_OR_FOLDER (jsonl with a field `text`, txt, or raw)."
             ) from error

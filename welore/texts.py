@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from welore.errors import Refused
 SPLITS = ("train", "calibration", "validation", "test")
 # A pool of documents is split by a hash of each text, so that a document and its copies fall on one side.
 SHARES = {"train": 80, "calibration": 5, "validation": 5, "test": 10}
+SPLIT_WORDS = {split: split for split in SPLITS} | {
+    "training": "train",
+    "calib": "calibration",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
 
 
 def shuffled(texts: Iterator[str], seed: int) -> Iterator[str]:
@@ -44,7 +52,8 @@ def read_documents(file: Path, alone: bool) -> list[str]:
         raise Refused(f"{file} is no UTF-8 text ({error.reason} at byte {error.start}). Write it as UTF-8.") from error
     if file.suffix == ".jsonl":
         try:
-            texts = [_text_of(line) for line in content.splitlines() if line.strip()]
+            # Not splitlines(): web text holds separators such as U+2028, which do not end a line of a jsonl.
+            texts = [_text_of(line) for line in content.split("\n") if line.strip()]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise Refused(
                 f"{file} is not a jsonl with a string in the field `text` of each line: "
@@ -65,8 +74,9 @@ def _text_of(line: str) -> str:
 
 
 def _split_of(file: Path) -> str | None:
-    marks = {"train": "train", "calib": "calibration", "valid": "validation", "dev": "validation", "test": "test"}
-    return next((split for mark, split in marks.items() if mark in file.stem.lower()), None)
+    """The split that a file is named after, as a word of its own: `wiki.test.raw`, `train-1.jsonl`, not `latest`."""
+    words = re.split(r"[^a-z]+", file.stem.lower())
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
 def local_split(path: Path, split: str) -> list[str]:
