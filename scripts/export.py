@@ -7,14 +7,16 @@ RUN is a run folder, a model folder, or the fingerprint of a run under --outputs
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from welore.checkpoint import cast, factored_ranks, merge, save
+from welore.checkpoint import cast, merge, save
 from welore.errors import Refused
 from welore.explain import explain
+from welore.lowrank import factored_ranks
 from welore.models import DTYPES, count_bytes, count_parameters
 from welore.records import FILE, Record, records
 from welore.runner import MODEL
@@ -24,8 +26,7 @@ def main() -> None:
     options = _arguments()
     source = model_folder(options.run, Path(options.outputs))
     target = Path(options.out) if options.out else source.parent / ("merged" if options.merge else "factored")
-    if target.is_file() or target.is_dir() and any(target.iterdir()):
-        raise Refused(f"{target} is there already and not an empty folder. Remove it, or give another: --out FOLDER.")
+    _claim(target)
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     if options.merge:
@@ -45,7 +46,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--merge", action="store_true", help="multiply the factors out")
     parser.add_argument("--out", help="the folder to write; by default merged or factored in the run folder")
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights; by default as they are")
-    parser.add_argument("--max-shard-size", default="50GB", help="of one weight file, such as 2GB")
+    parser.add_argument("--max-shard-size", type=_size, default="50GB", help="of one weight file, such as 2GB")
     parser.add_argument("--outputs", default="outputs", help="where fingerprints are looked up")
     return parser.parse_args()
 
@@ -71,6 +72,22 @@ def _run_folder(fingerprint: str, outputs: Path) -> Path:
             f"{outputs}. Give a run folder (it holds a {FILE}), or say where to look: --outputs FOLDER."
         )
     return found[0]
+
+
+def _claim(target: Path) -> None:
+    """Make the folder to write to, before minutes go into loading; one that holds anything is left alone."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"{target} cannot be written: {error.strerror}. Give another folder: --out FOLDER.") from error
+    if any(target.iterdir()):
+        raise Refused(f"{target} is not empty. Remove it, or give another: --out FOLDER.")
+
+
+def _size(text: str) -> str:
+    if not re.fullmatch(r"[0-9]+(KB|MB|GB)", text.upper()):
+        raise argparse.ArgumentTypeError(f"{text} is no size; write a number with KB, MB or GB, such as 2GB")
+    return text.upper()
 
 
 def _why(folder: Path) -> str:

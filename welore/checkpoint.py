@@ -15,7 +15,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from welore.errors import Refused
-from welore.lowrank import LowRankLinear, replace
+from welore.lowrank import LowRankLinear, factored_ranks, replace
 
 METHOD = "welore"
 VERSION = 1  # of the format: raised when an older welore would misread a folder
@@ -108,11 +108,6 @@ def _name_in(model: PreTrainedModel, name: str) -> str:
 def _empty_like(dense: nn.Linear, rank: int) -> LowRankLinear:
     weight, bias = dense.weight, dense.bias is not None
     return LowRankLinear(dense.in_features, dense.out_features, rank, bias, device=weight.device, dtype=weight.dtype)
-
-
-def factored_ranks(model: nn.Module) -> dict[str, int]:
-    """The rank of every LRC of a model."""
-    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
 
 
 def save(model: PreTrainedModel, tokenizer: Any, folder: Path, **options) -> None:

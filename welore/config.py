@@ -158,7 +158,13 @@ def spell_out(overrides: Sequence[str]) -> list[str]:
                     f"model={value}: a sweep over paths is written model=path model.path=A,B model.name=a,b."
                 )
             name = Path(value).name.removesuffix(".gguf").replace(" ", "-") or "model"
-            spelled += ["model=path", f"model.path={value}", f"model.name={name}"]
+            spelled += ["model=path", f"model.path={_quoted(value)}", f"model.name={name}"]
         else:
-            spelled.append(override)
+            spelled.append(f"{key}={_quoted(value)}" if value else override)
     return spelled
+
+
+def _quoted(value: str) -> str:
+    """A path that holds `=`, as every run folder does, in the quotes that Hydra's grammar wants around it."""
+    is_path = "/" in value and "=" in value and not any(mark in value for mark in "'\"[]{}(),")
+    return f"'{value}'" if is_path else value

@@ -47,6 +47,11 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+def factored_ranks(model: nn.Module) -> dict[str, int]:
+    """The rank of every LRC of a model."""
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
 def break_even_rank(shape: tuple[int, int]) -> int:
     """The largest rank at which two factors hold fewer parameters than the dense matrix: r (m + n) < m n."""
     M, N = shape

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from welore import checkpoint, metrics
 from welore.batches import Batches, evaluation_windows, training_rows
 from welore.cache import Cache, digest
-from welore.compress import factorize, read_spectra, save_spectra, weight_digests
+from welore.compress import factorize, plan_ranks, read_spectra, save_spectra, weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Refused
 from welore.evaluate import Score, perplexity
@@ -51,6 +51,7 @@ def run(config: Config, folder: Path) -> Record:
         started=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
     )
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
         with config.logger.open(folder, record.fingerprint, config.group, tags, asdict(config)) as loggers:
             record.metrics, record.environment = _story(config, folder, loggers)
@@ -86,7 +87,7 @@ def _story(config: Config, folder: Path, loggers: list) -> tuple[dict[str, Any],
 
     spectra = read_spectra(model, weights, cache)
     save_spectra(spectra, folder / "spectra.safetensors")
-    plan = config.ranks.plan(spectra, config.budget)
+    plan = plan_ranks(config.ranks, config.budget, model, spectra)
     _refuse_empty(plan, config)
     (folder / "ranks.json").write_text(json.dumps(plan.ranks, indent=2))
     lrc = f"{len(plan.factored)} of {len(plan.ranks)} LRC"
