@@ -1,0 +1,191 @@
+from copy import deepcopy
+from dataclasses import fields, is_dataclass
+
+import pytest
+import yaml
+
+from welore.config import CONF, INFRASTRUCTURE, SCHEMAS, Config, compose, fingerprint, science, spell_out, to_config
+from welore.errors import Refused
+
+OPTIONS = sorted(CONF.glob("*/*.yaml")) + sorted(CONF.glob("*/*/*.yaml"))
+NEEDED = {"model/path": ["model.path=x.gguf"], "ranks/given": ["ranks.path={ranks}"]}
+TINY = ("model=tiny", "trainer=cpu", "logger=none")
+
+
+def option_name(file):
+    return str(file.relative_to(CONF).with_suffix(""))
+
+
+@pytest.mark.parametrize("file", OPTIONS, ids=option_name)
+def test_every_option_composes_to_a_typed_config(file, tmp_path):
+    (tmp_path / "ranks.json").write_text("{}")
+    group, _, option = option_name(file).rpartition("/")
+    if group.startswith("hydra/"):
+        pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    needed = [value.format(ranks=tmp_path / "ranks.json") for value in NEEDED.get(option_name(file), [])]
+    config = to_config(compose([f"{group}={option}", *needed]))
+    if not group.startswith("hydra/"):
+        chosen = config
+        for part in group.split("/"):
+            chosen = getattr(chosen, part)
+        assert chosen.name == option and type(chosen) in SCHEMAS.values()
+
+
+@pytest.mark.parametrize("file", [*OPTIONS, CONF / "config.yaml"], ids=option_name)
+def test_an_option_is_short_and_is_named_after_its_file(file):
+    text = file.read_text()
+    group = option_name(file).rpartition("/")[0]
+    longest = {"task/training": 16, "": 30}.get(group, 15)
+    assert len(text.splitlines()) <= longest
+    if not group.startswith("hydra") and group:
+        assert yaml.safe_load(text)["name"] == file.stem
+
+
+def test_every_group_of_the_config_has_options_and_every_schema_is_used():
+    used = "".join(file.read_text() for file in OPTIONS)
+    assert [schema for schema in SCHEMAS if f"/schema/{schema}@_here_" not in used] == []
+    groups = {f.name for f in fields(Config) if is_dataclass(f.type)}
+    assert groups == {file.relative_to(CONF).parts[0] for file in OPTIONS} - {"hydra"}
+
+
+def leaves(node, path=()):
+    """The path of every value of a config that is no config itself."""
+    for f in fields(node):
+        value = getattr(node, f.name)
+        if is_dataclass(value):
+            yield from leaves(value, (*path, f.name))
+        else:
+            yield (*path, f.name)
+
+
+def changed(config, path):
+    config = deepcopy(config)
+    node = config
+    for part in path[:-1]:
+        node = getattr(node, part)
+    value = getattr(node, path[-1])
+    new = {
+        bool: lambda: not value,
+        int: lambda: value + 1,
+        float: lambda: value * 1.5 + 1e-9,
+        str: lambda: value + "x",
+    }
+    setattr(node, path[-1], new[type(value)]() if type(value) in new else "another")
+    return config
+
+
+@pytest.mark.parametrize("mode", ["welore", "galore", "lora"])
+@pytest.mark.parametrize("task", ["sotu", "c4"])
+@pytest.mark.parametrize("model", ["tiny", "llama2_7b"])
+def test_the_fingerprint_depends_on_all_that_is_science_and_on_nothing_else(model, task, mode):
+    config = to_config(compose([f"model={model}", f"task={task}", f"mode={mode}", "err=0.4"]))
+    name = fingerprint(config)
+    assert name == fingerprint(deepcopy(config))
+    for path in leaves(config):
+        if path != ("task", "path"):  # a file, whose content counts: below
+            assert (fingerprint(changed(config, path)) == name) == (path[0] in INFRASTRUCTURE), path
+
+
+def test_what_is_infrastructure_is_a_closed_list():
+    assert set(INFRASTRUCTURE) == {"trainer", "logger", "group", "force", "save", "outputs"}
+    assert {f.name for f in fields(Config)} - set(INFRASTRUCTURE) == science(to_config(compose(TINY))).keys() - {
+        "identity"
+    }
+
+
+def test_the_order_of_overrides_and_the_way_to_a_value_do_not_matter():
+    overrides = ["model=tiny", "err=0.5", "mode=nlrc", "task/training=smoke"]
+    orders = [overrides[start:] + overrides[:start] for start in range(4)]
+    names = {fingerprint(to_config(compose(order))) for order in orders}
+    smoke = ["steps=5", "tokens=null", "length=64", "validate_every=5", "validation_windows=2", "name=smoke"]
+    spelled = [f"task.training.{value}" for value in smoke]
+    names.add(fingerprint(to_config(compose(["model=tiny", "mode=nlrc", "err=0.50", "seed=0", *spelled]))))
+    assert len(names) == 1
+
+
+def test_a_sweep_puts_each_cell_where_the_cell_alone_would_be(tmp_path):
+    """The folder is made of the resolved config, in a run and in a multirun alike."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    overrides = [*TINY, "err=0.5", "mode=full"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra_compose("config", overrides, return_hydra_config=True)
+    alone = composed.hydra.run.dir
+    assert alone == f"{composed.hydra.sweep.dir}/{composed.hydra.sweep.subdir}"
+    assert alone == f"outputs/tiny/plain-welore-err=0.5/full/sotu-{fingerprint(to_config(compose(overrides)))}"
+
+
+def test_the_content_of_a_local_text_is_part_of_the_fingerprint_and_its_place_too(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one text")
+    config = to_config(compose([*TINY, f"task.path={file}"]))
+    before = fingerprint(config)
+    assert fingerprint(config) == before
+    file.write_text("one test")
+    assert fingerprint(config) != before
+
+
+def test_the_content_of_given_ranks_is_the_budget_and_part_of_the_fingerprint(tmp_path):
+    file = tmp_path / "ranks.json"
+    file.write_text('{"w": 3}')
+    config = to_config(compose([*TINY, "ranks=given", f"ranks.path={file}", "err=0.7"]))
+    assert (config.err, config.keep, config.asked) == (None, None, "given")
+    before = fingerprint(config)
+    file.write_text('{"w": 4}')
+    assert fingerprint(config) != before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "err", "keep"),
+    [([], 0.3, None), (["err=0.5"], 0.5, None), (["keep=0.8"], None, 0.8), (["err=null", "keep=0.8"], None, 0.8)],
+)
+def test_the_budget_is_err_or_keep(overrides, err, keep):
+    budget = to_config(compose([*TINY, *overrides])).budget
+    assert (budget.err, budget.keep) == (err, keep)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["err=0.3", "keep=0.8"], "give exactly one"),
+        (["err=null"], "give exactly one"),
+        (["err=30"], "write err=0.3"),
+        (["err=1"], r"not a fraction in \[0, 1\)"),
+        (["err=-0.1"], r"not a fraction in \[0, 1\)"),
+        (["keep=0"], r"not a fraction in \(0, 1\]"),
+        (["keep=1.2"], r"not a fraction in \(0, 1\]"),
+    ],
+)
+def test_a_budget_that_is_no_budget_is_refused(overrides, message):
+    with pytest.raises(Refused, match=message):
+        to_config(compose([*TINY, *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("value", "path", "name"),
+    [
+        ("/models/my-llama", "/models/my-llama", "my-llama"),
+        ("models/q4.gguf", "models/q4.gguf", "q4"),
+        ("q4.gguf", "q4.gguf", "q4"),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M", "SmolLM2-135M"),
+        ("/models/my llama/", "/models/my llama/", "my-llama"),
+    ],
+)
+def test_a_path_as_model_is_spelled_out(value, path, name):
+    assert spell_out([f"model={value}", "err=0.5"]) == [
+        "model=path",
+        f"model.path={path}",
+        f"model.name={name}",
+        "err=0.5",
+    ]
+    if " " not in value:
+        model = to_config(compose([f"model={value}"])).model
+        assert (model.path, model.name) == (path, name)
+
+
+def test_other_overrides_are_left_as_they_are():
+    overrides = ["model=tiny", "task.path=/a/b", "err=0.1,0.2", "hydra/launcher=slurm"]
+    assert spell_out(overrides) == overrides
+    with pytest.raises(Refused, match="model=path model.path=A,B"):
+        spell_out(["model=/a,/b"])

@@ -1,0 +1,63 @@
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from welore import measure
+from welore.measure import WARM_UP_STEPS, Throughput, peak_memory
+
+CPU = torch.device("cpu")
+MIB_200 = 200 / 1024
+
+
+def allocate():
+    """200 MiB, written so that they are resident, and freed."""
+    torch.ones(200 * 2**20 // 4).sum()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets an earlier peak")
+def test_peak_memory_sees_what_is_allocated_inside_and_forgets_what_was_before():
+    allocate()
+    with peak_memory(CPU) as peak:
+        before = peak.gib
+        allocate()
+        inside = peak.gib
+    assert inside - before == pytest.approx(MIB_200, abs=0.03)
+    with peak_memory(CPU) as again:
+        after = again.gib
+    assert inside - after == pytest.approx(MIB_200, abs=0.03)
+
+
+def test_the_gib_is_1024_cubed_bytes(monkeypatch):
+    monkeypatch.setattr(measure, "_peak_resident_kib", lambda: 3 * 1024 * 1024)
+    with peak_memory(CPU) as peak:
+        assert peak.gib == 3.0
+
+
+def run(throughput, monkeypatch, passes):
+    """Give the callback passes of (seconds, real tokens) in batches of 2 x 8, by a clock that they move."""
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    module = SimpleNamespace(device=CPU)
+    for seconds, real in passes:
+        batch = {"ids_BL": torch.zeros(2, 8), "real": torch.tensor(real)}
+        throughput.on_train_batch_start(None, module, batch, 0)
+        now[0] += seconds
+        throughput.on_train_batch_end(None, module, None, batch, 0)
+        now[0] += 100.0  # validation and checkpoints between the passes
+
+
+def test_tokens_per_second_is_the_median_step_without_the_warm_up(monkeypatch):
+    throughput = Throughput(accumulate=1)
+    assert throughput.tokens_per_second() is None
+    run(throughput, monkeypatch, [(50.0, 10)] * WARM_UP_STEPS + [(1.0, 10), (2.0, 10), (8.0, 10)])
+    assert throughput.tokens_per_second() == 5.0
+    assert throughput.tokens_per_second(padding=True) == 8.0
+
+
+def test_the_passes_of_a_step_are_measured_together(monkeypatch):
+    throughput = Throughput(accumulate=2)
+    run(throughput, monkeypatch, [(9.0, 1)] * 2 * WARM_UP_STEPS + [(1.0, 12), (3.0, 4)])
+    assert throughput.seconds == [18.0] * WARM_UP_STEPS + [4.0]
+    assert throughput.tokens_per_second() == 4.0 and throughput.tokens_per_second(padding=True) == 8.0
