@@ -91,18 +91,22 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
 
 
-def latex(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, label: str) -> str:
-    """The same table for a paper (booktabs)."""
+def latex(
+    header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, label: str, notes: Sequence[str] = ()
+) -> str:
+    """The same table for a paper (booktabs), shrunk to the text width where it is wider, its notes below it."""
 
     def line(cells: Sequence[str]) -> str:
         return " & ".join(_escape(str(cell)) for cell in cells) + r" \\"
 
     return "\n".join(
         [
+            r"% needs \usepackage{booktabs,adjustbox}",
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_escape(caption)}}}",
             rf"\label{{{label}}}",
+            r"\begin{adjustbox}{max width=\textwidth}",
             r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}",
             r"\toprule",
             line(header),
@@ -110,12 +114,43 @@ def latex(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str, la
             *map(line, rows),
             r"\bottomrule",
             r"\end{tabular}",
+            r"\end{adjustbox}",
+            *(rf"\par\smallskip{{\footnotesize {_escape(note)}\par}}" for note in notes),
             r"\end{table}",
         ]
     )
 
 
+def latex_figure(file: str, caption: str, label: str) -> str:
+    """A figure float around an image that lies beside the document."""
+    return "\n".join(
+        [
+            r"% needs \usepackage{graphicx}",
+            r"\begin{figure}",
+            r"\centering",
+            rf"\includegraphics[width=\textwidth]{{{file}}}",
+            rf"\caption{{{_escape(caption)}}}",
+            rf"\label{{{label}}}",
+            r"\end{figure}",
+        ]
+    )
+
+
+_SIGNS = str.maketrans(
+    {
+        **{sign: f"\\{sign}" for sign in "&%_#${}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "—": "---",
+        "×": r"$\times$",
+        "≥": r"$\geq$",
+        "<": r"$<$",
+        ">": r"$>$",
+        "·": r"$\cdot$",
+    }
+)
+
+
 def _escape(text: str) -> str:
-    for character in "&%_#$":
-        text = text.replace(character, "\\" + character)
-    return text.replace("—", "--").replace("×", r"$\times$")
+    return text.translate(_SIGNS)

@@ -1,0 +1,125 @@
+"""The cells of an artefact: the runs it is made of, which of them are on disk, and how the others are made."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import MissingConfigException
+
+from welore import metrics
+from welore.config import CONF, INFRASTRUCTURE, compose, fingerprint, to_config
+from welore.errors import Refused
+from welore.metrics import Metric
+from welore.records import Record, Sweep, records, sweeps
+
+Cell = dict[str, Any]  # Hydra overrides
+
+# Options that artefacts name ahead of their code. A table says so in their place; nothing can make these cells yet.
+PLANNED = ("ranks/owl",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell and the run that fills it. Where `record` is None, `why` says what is missing."""
+
+    cell: Cell
+    folder: Path | None = None
+    record: Record | None = None
+    why: str | None = None
+    planned: bool = False  # its option does not exist yet, so it is no cell that a run could fill
+    again: bool = False  # a record is there without the files that the artefact draws
+
+    @property
+    def missing(self) -> bool:
+        return self.record is None and not self.planned
+
+    @property
+    def stage(self) -> str:
+        return "compressed" if self.cell["mode"] == "none" else "tuned"
+
+    @property
+    def breaks_at(self) -> str | None:
+        """The layer where the loss stops being finite, in a model whose perplexity is NaN."""
+        return self.record.metrics.get(f"{self.stage}/{metrics.BREAKS_AT}")
+
+    def number(self, metric: Metric) -> float:
+        return self.record.metrics[metric.key]
+
+    def asked(self, name: str, outputs: str) -> Cell:
+        """The cell with all that it takes to run it for the artefact `name`."""
+        where = {} if outputs == default_outputs() else {"outputs": outputs}
+        force = {"force": True} if self.again else {}
+        return self.cell | {"save": False, "group": name} | force | where
+
+    def command(self, name: str, outputs: str) -> str:
+        return shlex.join(["python", "run.py", *overrides_of(self.asked(name, outputs))])
+
+
+@cache
+def default_outputs() -> str:
+    return compose([]).outputs
+
+
+@cache
+def fingerprint_of(*overrides: str) -> str:
+    """Composing takes a sixth of a second, and artefacts ask for the same cells."""
+    return fingerprint(to_config(compose(overrides)))
+
+
+def overrides_of(cell: Cell) -> list[str]:
+    """The arguments of `python run.py` for this cell alone."""
+    return Sweep({key: [value] for key, value in cell.items()}).overrides()
+
+
+def find(cells: Sequence[Cell], outputs: str, needs: Sequence[str] = ()) -> list[Row]:
+    """Each cell with its run: the finished record of the same fingerprint, whose folder holds the files in `needs`."""
+    latest: dict[str, tuple[Path, Record]] = {}
+    for folder, record in records(Path(outputs)):
+        if record.status == "done" or record.fingerprint not in latest:
+            latest[record.fingerprint] = folder, record
+    return [_row(cell, latest, needs) for cell in cells]
+
+
+def _row(cell: Cell, latest: dict[str, tuple[Path, Record]], needs: Sequence[str]) -> Row:
+    try:
+        name = fingerprint_of(*overrides_of(cell))
+    except MissingConfigException as error:
+        if error.missing_cfg_file not in PLANNED:
+            raise
+        return Row(cell, why=f"no {error.missing_cfg_file.replace('/', '=')} yet", planned=True)
+    folder, record = latest.get(name, (None, None))
+    if record is None:
+        return Row(cell, why="never run")
+    if record.status != "done":
+        return Row(cell, folder, why=f"failed: {(record.error or 'no reason given').splitlines()[0]}")
+    absent = [file for file in needs if not (folder / file).exists()]
+    if absent:
+        return Row(cell, folder, why=f"its run folder has no {' and no '.join(absent)}", again=True)
+    return Row(cell, folder, record)
+
+
+def check_infrastructure(overrides: Sequence[str]) -> None:
+    """Refuse what would make other runs than the cells: they would stay missing."""
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key.partition("/")[0].partition(".")[0].partition("@")[0] not in ("hydra", *INFRASTRUCTURE):
+            raise Refused(
+                f"{override} would change what the cells of an artefact measure. Only how they run is free here: "
+                f"hydra/launcher, {', '.join(INFRASTRUCTURE)}. To run another combination: python run.py {override}"
+            )
+
+
+def launch(rows: Sequence[Row], name: str, outputs: str, overrides: Sequence[str]) -> None:
+    """Run the missing cells: one multirun where they form a product, else as few as are easily found.
+
+    A cell that fails does not stop the others; it is still missing afterwards, and the artefact says why.
+    """
+    for sweep in sweeps([row.asked(name, outputs) for row in rows if row.missing]):
+        command = [sys.executable, str(CONF.parent / "run.py"), "-m", *sweep.overrides(), *overrides]
+        print(f"· {len(sweep.cells())} cells: {shlex.join(command)}", file=sys.stderr, flush=True)
+        subprocess.run(command, check=False)
