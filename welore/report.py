@@ -83,7 +83,8 @@ def _perplexity(found: dict[str, Any], stage: str) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, its columns padded so that it reads as plain text too."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    columns = zip(*[header, *rows], strict=True)
+    widths = [max(len(str(cell)) for cell in column) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"

@@ -1,0 +1,375 @@
+"""Artefacts declare cells and render records: whole, incomplete, with a broken model; and run what is missing."""
+
+import json
+import math
+import random
+import shlex
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from hydra.errors import MissingConfigException
+from safetensors.torch import save_file
+
+from experiments import cells as cells_module
+from experiments import figure3, figure7, table1
+from experiments.__main__ import SCALES, about, load, main, names, parse, write
+from experiments.cells import Row, check_infrastructure, find, fingerprint_of, launch, overrides_of
+from experiments.page import Claim, Page, verdict
+from welore.config import compose, fingerprint, to_config
+from welore.errors import Refused
+from welore.plots import by_component
+from welore.records import Record, Sweep, sweeps
+
+COMPONENTS = ("q_proj", "k_proj", "up_proj", "down_proj")
+LAYERS = 4
+BREAKS_AT = "model.layers.1.mlp"
+
+
+@pytest.fixture(autouse=True)
+def no_texts(tmp_path, monkeypatch):
+    """Laptop cells on the packaged speeches, whatever texts this machine has."""
+    monkeypatch.setenv("WELORE_DATA", str(tmp_path / "no-texts"))
+
+
+def metrics_of(cell, tuned):
+    """Perplexities as the paper claims them: WeLore below uniform, tuned below compressed, all rising with err."""
+    compressed = 10 + 100 * cell["err"] ** 2 * (3 if cell["ranks"] == "uniform" else 1)
+    found = {
+        "dense/perplexity": 10.0,
+        "compressed/perplexity": compressed,
+        "compress/err": cell["err"] + 0.001,
+        "compress/keep": 1.2 - cell["err"],
+        "compress/threshold": 0.3,
+    }
+    return found | ({"tuned/perplexity": 9.0} if tuned else {})
+
+
+def record_of(cell, name="0000000000", config=None):
+    config = config or {"model": {"name": cell["model"]}, "ranks": {"normalize": "minmax"}, "err": cell["err"]}
+    environment = {"protocol": "sotu test: all documents, windows of 512", "device": "a CPU"}
+    return Record(name, "done", config, metrics_of(cell, cell["mode"] != "none"), environment, started="2026-01-01")
+
+
+def leave_spectra(folder):
+    """A run folder in which q and k are cut to 1 of 10 ranks and the first layer of every component is an LRC."""
+    folder.mkdir(parents=True, exist_ok=True)
+    spectra, ranks = {}, {}
+    for layer in range(LAYERS):
+        for component in COMPONENTS:
+            name, steep = f"model.layers.{layer}.block.{component}", component in ("q_proj", "k_proj")
+            spectra[name] = torch.linspace(1, 0, 10) ** (20.0 if steep else 0.5)
+            ranks[name] = 1 if steep or layer == 0 else None
+    save_file(spectra, folder / "spectra.safetensors")
+    (folder / "ranks.json").write_text(json.dumps(ranks))
+
+
+def whole(name, scale, folder):
+    """A row with a record for every cell that can have one."""
+    leave_spectra(folder)
+    rows = []
+    for cell in load(name).cells(scale):
+        planned = cell["ranks"] == "owl"
+        rows.append(Row(cell, why="no ranks=owl yet", planned=True) if planned else Row(cell, folder, record_of(cell)))
+    return rows
+
+
+def fill(name, outputs, count=None):
+    """Real run folders for the first `count` laptop cells of an artefact."""
+    done = [cell for cell in load(name).cells("laptop") if cell["ranks"] != "owl"][:count]
+    for cell in done:
+        config = to_config(compose(overrides_of(cell)))
+        folder = outputs / fingerprint(config)
+        leave_spectra(folder)
+        record_of(cell, fingerprint(config), asdict(config)).save(folder)
+    return done
+
+
+def broken(row):
+    """The same row where the model gives NaN, written and read as a run does it."""
+    stage = {f"{row.stage}/perplexity": None, f"{row.stage}/breaks_at": BREAKS_AT}
+    return replace(row, record=replace(row.record, metrics=row.record.metrics | stage))
+
+
+def test_the_artefacts_of_the_paper_are_found():
+    assert {"table1", "figure3", "figure7"} <= set(names())
+
+
+@pytest.mark.parametrize("name", names())
+def test_an_artefact_says_what_it_is_and_what_it_costs(name):
+    caption, cost = about(load(name))
+    assert caption.startswith(("Table", "Figure")) and caption.endswith(".")
+    assert cost.startswith("Cost: ") and "laptop" in cost and "paper" in cost
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", names())
+def test_a_whole_artefact_is_written_as_markdown_latex_and_image(name, scale, tmp_path):
+    page = load(name).render(whole(name, scale, tmp_path / "run"))
+    paths = {path.suffix: path for path in write(page, "A caption.", f"{name}-{scale}", tmp_path)}
+    markdown, latex = paths[".md"].read_text(), paths[".tex"].read_text()
+    assert "missing" not in markdown.split("claim of the paper")[0]
+    assert r"\toprule" in latex and latex.count(r"\begin{") == latex.count(r"\end{")
+    assert bool(page.figures) == (".png" in paths) == (".png" in markdown) == (r"\includegraphics" in latex)
+    assert not page.figures or paths[".png"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", names())
+def test_an_artefact_with_a_missing_cell_renders_and_leaves_its_claims_open(name, tmp_path):
+    rows = whole(name, "laptop", tmp_path)
+    index = next(i for i, row in enumerate(rows) if row.record)
+    complete = load(name).render(rows)
+    rows[index] = Row(rows[index].cell, why="never run")
+    page = load(name).render(rows)
+    opened = [a for a, b in zip(page.claims, complete.claims, strict=True) if verdict(a.ours) != verdict(b.ours)]
+    assert opened and all(verdict(claim.ours).startswith("cannot be said") for claim in opened)
+    assert not page.figures
+
+
+@pytest.mark.parametrize("column", ["uniform", "WeLore", "WeLore tuned"])
+def test_a_model_that_breaks_stands_as_nan_with_its_layer(column, tmp_path):
+    rows = whole("table1", "laptop", tmp_path)
+    index = next(i for i, row in enumerate(rows) if table1.COLUMNS[column].items() <= row.cell.items())
+    rows[index] = broken(rows[index])
+    line = dict(zip(table1.render(rows).header, table1.render(rows).body[0], strict=False))
+    assert line[column] == f"NaN ({BREAKS_AT}) (0.101, 1.100)"
+
+
+def test_a_cell_shows_perplexity_err_achieved_keep_and_the_papers_number(tmp_path):
+    page = table1.render(whole("table1", "laptop", tmp_path))
+    assert page.body[0] == [
+        *("smollm2_135m", "10.00", "7.03", "0.1", "13.00 (0.101, 1.100)", "10.58", "no ranks=owl yet", "12.11"),
+        *("11.00 (0.101, 1.100)", "7.13", "9.00 (0.101, 1.100)", "7.15"),
+    ]
+    assert "protocol: smollm2_135m on sotu test: all documents, windows of 512" in page.notes
+
+
+def test_our_models_stand_beside_their_own_numbers_at_paper_scale(tmp_path):
+    page = table1.render(whole("table1", "paper", tmp_path))
+    assert [row[2] for row in page.body[::5]] == ["7.03", "6.53", "8.14"]
+    assert page.body[-1][5] == "248,042.97" and page.body[-1][7] == "NaN"
+
+
+def test_the_papers_own_numbers_bear_out_its_claims_but_for_tuning_at_ten_percent():
+    verdicts = {claim.text: claim.row()[1] for claim in table1.claims([], {})}
+    failing = {text: said for text, said in verdicts.items() if not said.startswith("holds")}
+    assert failing == {
+        "WeLore tuned is better than only compressed at every err (Table 4)": "does not hold: llama2_7b 0.1, "
+        "llama2_13b 0.1"
+    }
+
+
+def test_a_claim_fails_on_rows_that_contradict_it(tmp_path):
+    rows = whole("table1", "laptop", tmp_path)
+    worse = replace(rows[2].record, metrics=rows[2].record.metrics | {"compressed/perplexity": 99.0})
+    rows[2] = replace(rows[2], record=worse)
+    said = [verdict(claim.ours) for claim in table1.render(rows).claims]
+    assert said[0] == "does not hold: smollm2_135m 0.1"
+    assert said[1].startswith("cannot be said")  # no OWL
+    assert said[2] == "holds (5 of 5)"
+    assert said[4] == "does not hold: smollm2_135m WeLore 0.2"
+
+
+def test_nan_is_worse_than_any_number_and_not_better_than_nan():
+    key, nan = [("m", err, "A") for err in table1.ERRS], math.nan
+    other = [("m", err, "B") for err in table1.ERRS]
+    numbers = dict(zip(key, [1e9, nan, nan, 1.0, 2.0], strict=True)) | dict(
+        zip(other[:4], [nan, 1e9, nan, 2.0], strict=True)
+    )
+    assert list(table1.better(numbers, ["m"], "A", "B").values()) == [True, False, False, True, None]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "said"),
+    [
+        ({"a": True, "b": True}, "holds (2 of 2)"),
+        ({"a": True, "b": None}, "cannot be said, missing: b"),
+        ({"a": None, "b": False}, "does not hold: b"),
+        ({}, "cannot be said, missing: all of it"),
+    ],
+)
+def test_one_exception_refutes_and_one_gap_leaves_open(outcomes, said):
+    assert verdict(outcomes) == said
+
+
+def test_figure_3_reads_heavy_tails_and_figure_7_the_kinds(tmp_path):
+    rows = whole("figure3", "laptop", tmp_path)
+    page3, page7 = figure3.render(rows), figure7.render(rows)
+    assert [claim.row()[2] for claim in page3.claims] == ["holds (4 of 4)"]
+    assert [line[1:3] for line in page7.body] == [["4", "0"], ["4", "0"], ["1", "3"], ["1", "3"]]
+    assert verdict(page7.claims[0].ours).startswith("does not hold")  # a ratio of 0.1 is not below 0.1
+    assert len(page3.figures[""].axes) == len(COMPONENTS) + 1  # and the scale of the layers
+
+
+def test_the_figures_draw_cells_of_table_1():
+    for scale in SCALES:
+        assert {fingerprint_of(*overrides_of(cell)) for cell in figure3.cells(scale) + figure7.cells(scale)} <= {
+            fingerprint_of(*overrides_of(cell))
+            for cell in table1.cells(scale)
+            if cell["err"] == 0.5
+            if cell["ranks"] != "owl" and cell["model"] in ("smollm2_135m", "llama2_7b")
+        }
+
+
+def test_laptop_cells_read_c4_where_it_is_there(tmp_path, monkeypatch):
+    assert table1.cells("laptop")[0]["task"] == "sotu"
+    (tmp_path / "c4").mkdir()
+    monkeypatch.setenv("WELORE_DATA", str(tmp_path))
+    cell = table1.cells("laptop")[0]
+    assert (cell["task"], cell["task.path"]) == ("c4", str(tmp_path / "c4"))
+
+
+def test_a_printed_command_makes_the_cell_that_is_missing(tmp_path, capsys):
+    done = fill("table1", tmp_path, count=13)
+    assert main(["table1", f"outputs={tmp_path}"]) == 1
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python run.py ")]
+    made = {fingerprint(to_config(compose(shlex.split(c, comments=True)[2:]))) for c in commands}
+    wanted = {
+        fingerprint_of(*overrides_of(c)) for c in table1.cells("laptop") if c["ranks"] != "owl" and c not in done
+    }
+    assert made == wanted and len(made) == 2
+    assert all(f"outputs={tmp_path}" in command and "save=false" in command for command in commands)
+    assert not (tmp_path / "artefacts").exists()
+
+
+def test_a_whole_artefact_exits_with_0_and_is_written_beside_the_runs(tmp_path, capsys):
+    fill("figure7", tmp_path)
+    assert main(["figure7", f"outputs={tmp_path}"]) == 0
+    assert {p.name for p in (tmp_path / "artefacts").iterdir()} == {
+        f"figure7-laptop.{s}" for s in ("md", "tex", "png")
+    }
+    assert "# Figure 7" in capsys.readouterr().out
+
+
+def test_a_run_without_the_files_that_a_figure_draws_is_run_again(tmp_path):
+    fill("figure3", tmp_path)
+    next(tmp_path.rglob("spectra.safetensors")).unlink()
+    (row,) = find(figure3.cells("laptop"), str(tmp_path), figure3.NEEDS)
+    assert row.missing and "spectra.safetensors" in row.why
+    assert "force=true" in row.command("figure3", str(tmp_path))
+    assert not find(figure3.cells("laptop"), str(tmp_path))[0].missing
+
+
+def test_a_run_that_failed_is_missing_and_says_why(tmp_path):
+    (cell,) = figure3.cells("laptop")
+    name = fingerprint_of(*overrides_of(cell))
+    Record(name, "failed", {}, error="OutOfMemoryError: too big\nand a trace").save(tmp_path / "run")
+    (row,) = find([cell], str(tmp_path))
+    assert row.missing and row.why == "failed: OutOfMemoryError: too big"
+
+
+def test_a_failed_run_does_not_hide_a_finished_one(tmp_path):
+    (cell,) = fill("figure3", tmp_path)
+    Record(fingerprint_of(*overrides_of(cell)), "failed", {}, error="late", started="2027").save(tmp_path / "later")
+    assert not find([cell], str(tmp_path))[0].missing
+
+
+def test_only_a_planned_option_may_be_absent(tmp_path, monkeypatch):
+    cell = {"model": "tiny", "ranks": "not_written", "mode": "none", "err": 0.3}
+    with pytest.raises(MissingConfigException):
+        find([cell], str(tmp_path))
+    monkeypatch.setattr(cells_module, "PLANNED", ("ranks/not_written",))
+    (row,) = find([cell], str(tmp_path))
+    assert row.planned and not row.missing and row.why == "no ranks=not_written yet"
+
+
+def test_the_listing_counts_done_and_missing_cells(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("experiments.__main__.SCALES", ("laptop",))
+    fill("figure3", tmp_path)
+    assert main([f"outputs={tmp_path}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    counts = {line.split()[0]: lines[i + 2].split(maxsplit=1)[1] for i, line in enumerate(lines) if line[0] != " "}
+    assert counts["figure3"] == counts["figure7"] == "1 done, 0 missing"
+    assert counts["table1"].startswith("1 done, 14 missing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["tabel1"], "Did you mean table1?"),
+        (["table1", "scale=huge"], "scale=laptop or scale=paper"),
+        (["table1", "err=0.9"], "python run.py err=0.9"),
+        (["table1", "+model.dtype=float16"], "measure"),
+        (["logger=none"], "needs an artefact"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(arguments, hint, capsys):
+    assert main(arguments) == 2
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["hydra/launcher=basic", "hydra.job.env_copy=[]", "logger=none", "trainer.device=cpu", "save=true", "+group=mine"],
+)
+def test_how_the_cells_run_is_free(override):
+    check_infrastructure([override])
+
+
+@pytest.mark.parametrize(
+    "override", ["err=0.3", "model=tiny", "task.path=x", "~seed", "task/protocol=field", "mode@mode=lora", "seed=1"]
+)
+def test_what_the_cells_measure_is_not(override):
+    with pytest.raises(Refused, match="would change"):
+        check_infrastructure([override])
+
+
+def test_a_request_tells_what_is_read_from_what_is_launched():
+    request = parse(["table1", "scale=paper", "outputs=here", "logger=none"])
+    assert (request.name, request.scale, request.outputs, request.overrides) == (
+        *("table1", "paper", "here"),
+        ["logger=none"],
+    )
+    assert parse(["table1"]).scale == "laptop"
+
+
+def test_sweeps_hold_the_missing_cells_and_no_other():
+    cells = Sweep({"model": ["a", "b"], "err": [0.1, 0.2, 0.3], "ranks": ["uniform", "welore"]}).cells()
+    assert len(sweeps(cells)) == 1
+    chance = random.Random(0)
+    for _ in range(50):
+        some = chance.sample(cells, chance.randint(0, len(cells)))
+        covered = [cell for sweep in sweeps(some) for cell in sweep.cells()]
+        assert sorted(map(repr, covered)) == sorted(map(repr, some))
+
+
+def test_a_launch_is_as_few_multiruns_as_the_missing_cells_allow(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(cells_module.subprocess, "run", lambda command, check: commands.append(command))
+    rows = find(table1.cells("laptop"), str(tmp_path))
+    launch(rows, "table1", str(tmp_path), ["hydra/launcher=basic"])
+    assert len(commands) == 2  # uniform and WeLore as they are, WeLore tuned
+    assert all(c[2] == "-m" and c[-1] == "hydra/launcher=basic" and "group=table1" in c for c in commands)
+    assert "err=0.1,0.2,0.3,0.4,0.5" in commands[0] and "ranks=uniform,welore" in commands[0]
+
+    commands.clear()
+    launch([replace(row, record=record_of(row.cell)) for row in rows if not row.planned], "table1", "outputs", [])
+    assert commands == []
+
+
+def test_values_with_signs_of_the_grammar_reach_hydra_unchanged():
+    path = "a folder/it's {odd}, (really)=1"
+    (override,) = Sweep({"task.path": [path]}).overrides()
+    assert compose(["model=tiny", override]).task.path == path
+
+
+@pytest.mark.slow
+def test_a_launch_runs_the_missing_cells_and_finds_them(tmp_path):
+    axes = {"model": ["tiny"], "mode": ["none"], "task/protocol": ["smoke"], "err": [0.3, 0.5]}
+    cells = [cell | {"ranks": "uniform"} for cell in Sweep(axes).cells()]
+    rows = find(cells, str(tmp_path))
+    assert all(row.missing for row in rows)
+    launch(rows, "table1", str(tmp_path), ["logger=none", "hydra/launcher=basic", "trainer=cpu"])
+    found = find(cells, str(tmp_path), figure3.NEEDS)
+    assert [row.record.config["err"] for row in found] == [0.3, 0.5]
+    assert {row.record.config["group"] for row in found} == {"table1"}
+
+
+def test_components_and_layers_come_from_the_names():
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.11.self_attn.q_proj", "model.decoder.layers.2.fc1"]
+    assert by_component(dict.fromkeys(names, 1)) == {"q_proj": {0: 1, 11: 1}, "fc1": {2: 1}}
+
+
+def test_a_page_says_where_the_paper_prints_no_numbers():
+    page = Page(["a"], [["1"]], ["a note"], [Claim("so it is", None, {"x": True})])
+    assert "| so it is           | —                      | holds (1 of 1) |" in page.markdown("A.", "x")
