@@ -59,14 +59,28 @@ def test_where_every_weight_is_cut_the_solved_threshold_reaches_err_within_one_r
 def test_no_threshold_comes_closer_to_the_budget_than_the_solved_one(seed, kind, normalize, dense):
     spectra = random_spectra(seed)
     every_plan = [apply_threshold(spectra, k, normalize, dense) for k in thresholds(spectra, normalize)]
-    for asked in [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95]:
-        nearest = min(abs(getattr(plan, kind) - asked) for plan in every_plan)
+    reach = sorted(getattr(plan, kind) for plan in every_plan)
+    asked_within_reach = [asked for asked in [0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95] if reach[0] <= asked <= reach[-1]]
+    assert len(asked_within_reach) >= 3
+    for asked in asked_within_reach:
+        nearest = min(abs(value - asked) for value in reach)
         ranks, budget = Welore("welore", normalize, dense), Budget(**{kind: asked})
-        if nearest > 0.1:
+        if nearest > 0.1:  # inside a jump of the dense rule
             with pytest.raises(Refused, match="out of reach"):
                 ranks.plan(spectra, budget)
         else:
             assert abs(getattr(ranks.plan(spectra, budget), kind) - asked) == pytest.approx(nearest, abs=1e-12)
+
+
+@every_dense
+@pytest.mark.parametrize("budget", [Budget(err=0.99), Budget(keep=0.01)])
+def test_a_budget_that_would_leave_a_weight_without_rank_is_refused_with_the_most_that_can_be_removed(budget, dense):
+    spectra = random_spectra(0)
+    most = apply_threshold(spectra, 1.0, "minmax", dense)
+    assert set(most.ranks.values()) == {1}
+    limit = f"err={most.err:.3f}" if budget.keep is None else f"keep={most.keep:.3f}"
+    with pytest.raises(Refused, match=limit):
+        Welore("welore", "minmax", dense).plan(spectra, budget)
 
 
 @pytest.mark.parametrize("k", [0.0, 0.01, 0.1, 0.3, 0.6, 0.9, 1.0])
