@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import subprocess
+import sys
 from copy import deepcopy
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,8 +64,11 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def configured():
-    """A function of overrides to the typed config of the tiny model on the CPU."""
-    return lambda *overrides: to_config(compose(["model=tiny", "trainer=cpu", "logger=none", *overrides]))
+    """A function of overrides to the typed config of the tiny model on the CPU; composing takes a while, so it is kept."""
+    composed = lru_cache(maxsize=None)(
+        lambda *overrides: to_config(compose(["model=tiny", "trainer=cpu", "logger=none", *overrides]))
+    )
+    return lambda *overrides: deepcopy(composed(*overrides))
 
 
 @pytest.fixture(scope="session")
@@ -161,6 +167,30 @@ def train(configured, tokenizer, cache, text_file, tmp_path):
         return tuner
 
     return train
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """A function of overrides and environment variables (None: unset): `python run.py` in a process of its own.
+
+    It runs the tiny model into `tmp_path / "outputs"`, unless the overrides say otherwise, and cannot ask anything.
+    """
+
+    def cli(*overrides, multirun=False, timeout=180, **variables):
+        small = ["model=tiny", "task/protocol=smoke", "task/training=smoke", "logger=none", "trainer=cpu"]
+        command = [sys.executable, str(ROOT / "run.py"), *(["-m"] if multirun else []), *small]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+        return subprocess.run(
+            [*command, f"outputs={tmp_path / 'outputs'}", *overrides],
+            env={key: value for key, value in environment.items() if value is not None},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return cli
 
 
 @pytest.fixture(scope="session")

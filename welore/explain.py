@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from welore.config import compose
 from welore.errors import Interrupted, Refused
 
+TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -82,7 +83,9 @@ def _of_hydra(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value. Write {error.full_key}=VALUE."
     if isinstance(cause, ValidationError):
-        return f"{message.removeprefix('Error merging override ')}: {str(cause).splitlines()[0]}."
+        fault = str(cause).splitlines()[0]
+        wanted = next((words for kind, words in TYPES.items() if fault.endswith(f" to {kind}")), "a value of its type")
+        return f"{message.removeprefix('Error merging override ')}: {fault}. Write {wanted}."
     if misspelled := re.search(r"Could not override '([\w.]+)'", message):
         beside = _keys_beside(cause, misspelled[1]) if isinstance(cause, ConfigKeyError | AttributeError) else []
         everywhere = list(_keys(OmegaConf.to_container(compose([]))))

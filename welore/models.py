@@ -99,7 +99,7 @@ class Pretrained(Model):
         if path.suffix == ".gguf" or self.path.count("/") != 1 or self.path.startswith((".", "/", "~")):
             raise Refused(
                 f"model.path={self.path} is no file or folder here, and no hub name (owner/name). "
-                f"The working folder is {Path.cwd()}."
+                f"The working folder is {Path.cwd()}. Give the full path."
             )
         return None
 
@@ -135,7 +135,9 @@ class Random(Model):
                 torch.manual_seed(self.init_seed)
                 model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[self.dtype])
         except Exception as error:  # every architecture says in its own way that its sizes do not fit together
-            raise Refused(f"model.config={self.config} builds no model: {_first_lines(error)}") from error
+            raise Refused(
+                f"model.config={self.config} builds no model: {_first_lines(error)} Write sizes that fit."
+            ) from error
         _check_vocabulary(model, tokenizer, self.name)
         return model.eval(), tokenizer
 
@@ -215,9 +217,11 @@ def flops_per_token(model: PreTrainedModel) -> int:
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").exists():
         there = sorted(f.name for f in path.iterdir())[:8]
-        raise Refused(f"model.path={path} holds no config.json, so it is no saved model. It holds {there}.")
+        raise Refused(
+            f"model.path={path} holds no config.json, so it is no saved model. It holds {there}. Give its folder."
+        )
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise Refused(f"model.path={path} holds a config.json and no weights (*.safetensors or *.bin).")
+        raise Refused(f"model.path={path} holds a config.json and no weights. Put its *.safetensors or *.bin there.")
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> None:
@@ -277,7 +281,8 @@ def _reason(error: Exception, local: bool) -> str:
         return (
             f"{cause} and the local cache lacks it. Download it where there is a network, then give model.path=FOLDER."
         )
-    return _first_lines(error)
+    advice = "Check that the folder is whole: config.json, weights and tokenizer." if local else "Check the name."
+    return f"{_first_lines(error).rstrip('.,:')}. {advice}"
 
 
 def _first_lines(error: Exception) -> str:

@@ -110,8 +110,8 @@ class GaLore(Full):
         super().__post_init__()
         if self.rank < 1 or self.gap < 1 or self.scale <= 0:
             raise Refused(
-                f"mode.rank={self.rank}, mode.gap={self.gap}, mode.scale={self.scale}: a projection needs a rank and "
-                f"a gap of 1 or more, and a scale above 0."
+                f"mode has rank={self.rank}, gap={self.gap}, scale={self.scale}. Write a rank and a gap of 1 or more, "
+                f"and a scale above 0."
             )
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

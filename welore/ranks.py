@@ -193,7 +193,7 @@ class Uniform(Ranks):
             if rank < 1:
                 raise Refused(
                     f"{budget} leaves {name} ({M} x {N}) with rank 0. "
-                    f"The smallest keep for this weight is {(M + N) / (M * N):.4f}."
+                    f"The smallest keep for this weight is {(M + N) / (M * N):.4f}: write that or more."
                 )
             attempted[name] = rank
             ranks[name] = rank if rank <= DENSE_RULES[self.dense](spectrum.shape) else None
@@ -213,7 +213,8 @@ class Given(Ranks):
         if missing or unknown:
             raise Refused(
                 f"ranks.path={self.path} is for another model: it names {len(unknown)} weights that this one does not "
-                f"have (such as {unknown[:1] or 'none'}) and lacks {len(missing)} (such as {missing[:1] or 'none'})."
+                f"have (such as {unknown[:1] or 'none'}) and lacks {len(missing)} (such as {missing[:1] or 'none'}). "
+                f"Give the ranks.json of a run with this model."
             )
         for name, rank in ranks.items():
             K = len(spectra[name].sigma_K)

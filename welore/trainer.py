@@ -25,7 +25,7 @@ class Trainer:
         if self.device not in ("auto", "cpu", "gpu"):
             raise Refused(f"trainer.device={self.device} is unknown. Write auto, cpu or gpu.")
         if self.checkpoint_every < 1:
-            raise Refused(f"trainer.checkpoint_every={self.checkpoint_every} must be 1 or more steps.")
+            raise Refused(f"trainer.checkpoint_every={self.checkpoint_every} saves never. Write 1 or more steps.")
 
     def place(self) -> torch.device:
         """The device; under Slurm also as many threads as the job has CPUs, for torch sees those of the machine."""
