@@ -64,7 +64,7 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def configured():
-    """A function of overrides to the typed config of the tiny model on the CPU; composing takes a while, so it is kept."""
+    """A function of overrides to the typed config of the tiny model on the CPU; composing is slow, so it is kept."""
     composed = lru_cache(maxsize=None)(
         lambda *overrides: to_config(compose(["model=tiny", "trainer=cpu", "logger=none", *overrides]))
     )
