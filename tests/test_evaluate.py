@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from welore import evaluate
-from welore.evaluate import first_not_finite, perplexity
+from welore.evaluate import autocast, causal_loss, first_not_finite, frozen_weights_in, perplexity
 
 
 @pytest.fixture
@@ -91,3 +91,26 @@ def test_looking_for_the_broken_layer_leaves_no_hook_behind(model, windows_BL):
     model.model.layers[0].mlp.up_proj.weight.data[3, 3] = float("inf")
     assert first_not_finite(model, windows_BL) == "model.layers.0"
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_frozen_weights_cast_once_give_the_same_gradients_to_the_bit(model):
+    model.requires_grad_(False)
+    trained = [p for n, p in model.named_parameters() if "q_proj" in n]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    ids_BL = torch.arange(48).view(2, 24)
+
+    def gradients() -> list[torch.Tensor]:
+        with autocast(torch.device("cpu"), "bfloat16"):
+            total, _ = causal_loss(model)(ids_BL, ids_BL)
+        return list(torch.autograd.grad(total, trained))
+
+    plain = gradients()
+    with frozen_weights_in(model, "bfloat16"):
+        assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+        assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.float32
+        assert model.model.embed_tokens.weight.dtype == torch.float32
+        cast = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

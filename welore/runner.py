@@ -22,7 +22,7 @@ from welore.cache import Cache, digest
 from welore.compress import factorize, plan_ranks, read_spectra, save_spectra, weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Refused
-from welore.evaluate import Score, perplexity
+from welore.evaluate import Score, frozen_weights_in, perplexity
 from welore.measure import peak_memory
 from welore.models import count_bytes, count_parameters, flops_per_token
 from welore.modes import norm_parameters, select
@@ -137,7 +137,7 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     throughput = Throughput(training.accumulate)
     device = next(model.parameters()).device
     started = time.perf_counter()
-    with peak_memory(device) as peak:
+    with peak_memory(device) as peak, frozen_weights_in(model, config.model.autocast):
         fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput)
         gib = peak.gib
     optimizer = tuner.optimizers(use_pl_optimizer=False)
