@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -177,9 +178,15 @@ def test_uniform_keeps_the_same_share_of_parameters_everywhere(keep):
     assert keep - 0.1 < plan.keep <= keep
 
 
-def test_uniform_refuses_a_keep_that_leaves_a_rank_of_0():
-    with pytest.raises(Refused, match=r"w0 \(16 x 16\) with rank 0.*0\.1250"):
-        Uniform("uniform", "never").plan(random_spectra(0, [(16, 16)]), Budget(keep=0.12))
+@pytest.mark.parametrize("shape", [(16, 16), (9, 14), (23, 7), (64, 48)])
+def test_uniform_refuses_a_keep_that_leaves_a_rank_of_0_and_the_one_it_names_instead_works(shape):
+    spectra, uniform = random_spectra(0, [shape]), Uniform("uniform", "never")
+    with pytest.raises(Refused, match=rf"w0 \({shape[0]} x {shape[1]}\) with rank 0") as refused:
+        uniform.plan(spectra, Budget(keep=0.02))
+    least = float(re.search(r"smallest keep for this weight is ([0-9.]+):", str(refused.value))[1])
+    assert uniform.plan(spectra, Budget(keep=least)).ranks == {"w0": 1}
+    with pytest.raises(Refused):
+        uniform.plan(spectra, Budget(keep=least - 2e-4))
 
 
 def test_an_unknown_option_is_refused_with_those_that_exist():

@@ -5,6 +5,7 @@ one that stays dense (N-LRC) stores m n.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,9 +192,12 @@ class Uniform(Ranks):
             K, (M, N) = len(spectrum.sigma_K), spectrum.shape
             rank = K - int(budget.err * K) if budget.keep is None else min(K, int(budget.keep * M * N / (M + N)))
             if rank < 1:
+                least = (
+                    math.ceil((M + N) / (M * N) * 10_000) / 10_000
+                )  # rounded up, so that it can be written as it is
                 raise Refused(
                     f"{budget} leaves {name} ({M} x {N}) with rank 0. "
-                    f"The smallest keep for this weight is {(M + N) / (M * N):.4f}: write that or more."
+                    f"The smallest keep for this weight is {least:.4f}: write that or more."
                 )
             attempted[name] = rank
             ranks[name] = rank if rank <= DENSE_RULES[self.dense](spectrum.shape) else None
