@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 TORCH_CHECK ?= scripts/check_torch.py
 TORCH = 'torch>=2.6,<2.14' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint bench clean
 
 demo: .venv/ready      # compress, tune and measure the default model
 	$(BIN)/python run.py
@@ -24,6 +24,9 @@ lint: .venv/ready      # style, and the one-way imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+bench: .venv/ready     # speed and memory, each figure beside its limit: about ten minutes on two idle cores
+	$(BIN)/python scripts/bench.py
 
 clean:
 	rm -rf .venv outputs

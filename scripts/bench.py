@@ -1,0 +1,281 @@
+"""Measure what this package claims about speed and memory, each figure beside its limit and in one run.
+
+usage: python scripts/bench.py [--model smollm2_135m] [--batch 4] [--length 256] [--out FILE.json] [overrides]
+       python scripts/bench.py --seven-b      the shapes of LLaMA-2-7B with random weights; needs a GPU
+
+Ratios are of medians of alternating measurements, so that a machine that slows down slows both sides. Results are
+printed and written as JSON with the device and the versions.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from welore.cache import Cache
+from welore.compress import factorize, read_spectra, weight_digests
+from welore.config import Config, compose, to_config
+from welore.evaluate import autocast, causal_loss, frozen_weights_in
+from welore.loss import linear_cross_entropy
+from welore.lowrank import LowRankLinear
+from welore.measure import GIB, peak_memory, synchronize
+from welore.models import components
+from welore.modes import Mode, select
+from welore.runner import environment
+from welore.svd import singular_values
+
+SEVEN_B = [
+    "model=tiny",
+    "model.name=llama2_7b_shapes",
+    "model.dtype=bfloat16",
+    "model.config.vocab_size=32000",
+    "model.config.hidden_size=4096",
+    "model.config.intermediate_size=11008",
+    "model.config.num_hidden_layers=32",
+    "model.config.num_attention_heads=32",
+    "model.config.num_key_value_heads=32",
+    "err=0.5",
+]
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def spectra_against_svd(device: torch.device) -> dict[str, dict]:
+    """Singular values from the float64 Gram matrix against a full float32 SVD, and how exact they are."""
+    results = {}
+    for shape in ((4096, 4096), (4096, 11008)):
+        W = torch.randn(shape, device=device)
+        ours, svd = seconds(lambda W=W: singular_values(W), device), seconds(lambda W=W: torch.linalg.svd(W), device)
+        results[f"spectrum {shape[0]} x {shape[1]}"] = {
+            "seconds": ours,
+            "full SVD seconds": svd,
+            "ratio": svd / ours,
+            "limit": 3.0 if shape[0] == shape[1] else 6.0,
+        }
+    W = torch.randn(1024, 2752, device=device) * torch.logspace(0, -4, 1024, device=device)[:, None]
+    exact = torch.linalg.svdvals(W.double()).cpu()
+    error = float((singular_values(W) - exact).abs().max() / exact[0])
+    results["largest error of a singular value / sigma_max"] = {"value": error, "limit": 1e-4}
+    return results
+
+
+def compressed(config: Config, device: torch.device, cache: Cache) -> tuple[nn.Module, dict]:
+    """The model of a config, compressed, and what that took in time and in memory beside the model."""
+    model, _ = config.model.load(Path(config.outputs) / ".cache")
+    model.to(device)
+    weights = weight_digests(model) if device.type == "cpu" else {n: n for n, _ in model.named_parameters()}
+    largest = max(module.weight.numel() for module in components(model).values())
+    with peak_memory(device) as before:
+        held = before.gib
+    with peak_memory(device) as peak:
+        spectra_seconds = seconds(lambda: read_spectra(model, weights, cache), device)
+        spectra = read_spectra(model, weights, cache)
+        plan = config.ranks.plan(spectra, config.budget)
+        factor_seconds = seconds(lambda: factorize(model, plan, weights, cache), device)
+        extra = peak.gib - held
+    found = {
+        "spectra of all weights": {"seconds": spectra_seconds, "weights": len(spectra)},
+        "factors of all LRCs": {"seconds": factor_seconds, "weights": len(plan.factored)},
+        # The float64 copy of the largest weight, its Gram matrix and workspace are what one decomposition needs.
+        "peak memory beside the model while compressing": {
+            "GiB": extra,
+            "largest weight in float64, GiB": largest * 8 / GIB,
+        },
+    }
+    return model, found | {"plan": {"err": plan.err, "keep": plan.keep}}
+
+
+def sweep_against_svds(config: Config, device: torch.device) -> dict[str, dict]:
+    """Five values of err from one decomposition on disk, against a full SVD of every weight for each of them."""
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for err in (0.1, 0.2, 0.3, 0.4, 0.5):
+                plan_and_factor(Cache(Path(folder)), err)
+
+    def plan_and_factor(cache: Cache, err: float) -> None:
+        model, _ = config.model.load(Path(config.outputs) / ".cache")
+        weights = weight_digests(model)
+        nonlocal spent
+        spent += seconds(lambda: factorize(model, plan_of(model, weights, cache, err), weights, cache), device)
+
+    def plan_of(model, weights, cache, err):
+        spectra = read_spectra(model, weights, cache)
+        return config.ranks.plan(spectra, type(config.budget)(err=err))
+
+    spent = 0.0
+    ours()
+    model, _ = config.model.load(Path(config.outputs) / ".cache")
+    matrices = [module.weight.detach().float() for module in components(model).values()]
+    svds = sum(seconds(lambda: [torch.linalg.svd(W, full_matrices=False) for W in matrices], device) for _ in range(5))
+    return {
+        "sweep of five err": {"seconds": spent, "five full SVDs seconds": svds, "ratio": svds / spent, "limit": 5.0}
+    }
+
+
+class Steps:
+    """Optimizer steps of one mode on one compressed model; `undo` lets another mode have its turn."""
+
+    def __init__(self, model: nn.Module, mode: Mode, dtype: str | None, batch: int, length: int):
+        self.model, self.dtype = model, dtype
+        self.parameters = select(model, mode)
+        self.optimizer = mode.optimizer(self.parameters)
+        self.loss = causal_loss(model)
+        device = self.parameters[0].device
+        rows = model.get_input_embeddings().weight.shape[0]
+        self.ids_BL = torch.randint(0, rows, (batch, length), device=device)
+
+    def turn(self, count: int) -> list[float]:
+        """The seconds of `count` steps after one that does not count."""
+        self.model.requires_grad_(False)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        with frozen_weights_in(self.model, self.dtype):
+            return [seconds(self._step, self.ids_BL.device) for _ in range(count + 1)][1:]
+
+    def _step(self) -> None:
+        with autocast(self.ids_BL.device, self.dtype):
+            total, scored = self.loss(self.ids_BL, self.ids_BL)
+        (total / scored).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def flops_limit(model: nn.Module) -> float:
+    """How much faster LRC-only steps could be than full ones: FLOPs of forward, input and weight gradients.
+
+    Products with weights alone are counted, 2 FLOPs for a stored number and a token; attention scores and elementwise
+    work, the same in both, are not, so that the limit is out of reach by what they take.
+    """
+    modules = components(model).values()
+    lrc = sum(p.numel() for m in modules if isinstance(m, LowRankLinear) for p in (m.A.weight, m.B.weight))
+    dense = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+    through = 2 * (lrc + dense + model.get_output_embeddings().weight.numel())
+    return (through + lrc + dense) / (through + lrc)
+
+
+def tuning(config: Config, modes: dict[str, Mode], device: torch.device, batch: int, length: int) -> dict[str, dict]:
+    """Steps of each mode in turn on one compressed model: tokens per second; with one mode alone also its peak."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = compressed(config, device, Cache(Path(folder)))
+    model.train()
+    taken: dict[str, list[float]] = {name: [] for name in modes}
+    with peak_memory(device) as peak:
+        steps = {name: Steps(model, mode, config.model.autocast, batch, length) for name, mode in modes.items()}
+        for _ in range(4 if len(modes) > 1 else 1):
+            for name, step in steps.items():
+                taken[name] += step.turn(3)
+        gib = peak.gib
+    results = {name: {"tokens_per_second": batch * length / statistics.median(taken[name])} for name in modes}
+    if len(modes) == 1:
+        results[next(iter(modes))]["peak GiB"] = gib
+    return results | {"limit": flops_limit(model)}
+
+
+def loss_memory(vocabulary: int, tokens: int = 1024, hidden: int = 576) -> dict[str, float]:
+    """Peak memory of the loss and its gradient above its inputs, chunked and with the logits of the whole window."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    W = torch.randn(vocabulary, hidden, device=device)
+    labels = torch.randint(0, vocabulary, (tokens,), device=device)
+    found = {}
+    for name in ("chunked", "whole window"):
+        h = torch.randn(tokens, hidden, device=device, requires_grad=True)
+        with peak_memory(device) as before:
+            held = before.gib
+        with peak_memory(device) as peak:
+            if name == "chunked":
+                linear_cross_entropy(h, W, None, labels).backward()
+            else:
+                F.cross_entropy(F.linear(h, W).float(), labels, reduction="sum").backward()
+            found[f"{name} GiB"] = peak.gib - held
+    return found
+
+
+def alone(arguments: argparse.Namespace, what: str) -> dict:
+    """One measurement in a process of its own, so that nothing else is in its memory."""
+    command = [sys.executable, __file__, "--only", what, f"--batch={arguments.batch}", f"--length={arguments.length}"]
+    flags = ["--seven-b"] if arguments.seven_b else [f"--model={arguments.model}"]
+    output = subprocess.run([*command, *flags, *arguments.overrides], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def measure(arguments: argparse.Namespace, config: Config, device: torch.device) -> dict[str, dict]:
+    results = spectra_against_svd(device)
+    with tempfile.TemporaryDirectory() as folder:
+        results |= compressed(config, device, Cache(Path(folder)))[1]
+    if not arguments.seven_b:
+        results |= sweep_against_svds(config, device)
+    apart = alone(arguments, "welore") | alone(arguments, "full")
+    # On a GPU two optimizers would not fit beside a model of 7B, and its clock is steady enough.
+    together = apart if arguments.seven_b else alone(arguments, "together")
+    speed = {name: together[name]["tokens_per_second"] for name in ("welore", "full")}
+    ratio = speed["welore"] / speed["full"]
+    results["LRC-only against full tuning, tokens/s"] = {
+        **speed,
+        "ratio": ratio,
+        "limit": together["limit"],
+        "share of the limit": ratio / together["limit"],
+    }
+    peaks = {name: apart[name]["peak GiB"] for name in ("welore", "full")}
+    ratio = peaks["welore"] / peaks["full"]
+    results["LRC-only against full tuning, peak GiB"] = peaks | {"ratio": ratio, "limit": 1.0}
+    for vocabulary in (49_152, 256_000):
+        results[f"loss over a vocabulary of {vocabulary}"] = alone(arguments, f"loss-{vocabulary}")
+    return results
+
+
+def only(arguments: argparse.Namespace, config: Config, device: torch.device) -> dict:
+    modes = {name: to_config(compose([f"mode={name}"])).mode for name in ("welore", "full")}
+    if arguments.only.startswith("loss-"):
+        return loss_memory(int(arguments.only.removeprefix("loss-")))
+    chosen = modes if arguments.only == "together" else {n: m for n, m in modes.items() if n == arguments.only}
+    return tuning(config, chosen, device, arguments.batch, arguments.length)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--seven-b", action="store_true", help="the shapes of LLaMA-2-7B, random, on a GPU")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"), help="where the figures go")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5")
+    arguments = parser.parse_args()
+    if arguments.seven_b and not torch.cuda.is_available():
+        sys.exit("--seven-b needs a GPU, and torch sees none here. Without it the default model is measured.")
+    if arguments.seven_b:
+        arguments.batch, arguments.length = 1, 1024
+    config = to_config(
+        compose([*(SEVEN_B if arguments.seven_b else [f"model={arguments.model}"]), *arguments.overrides])
+    )
+    device = config.trainer.place()
+    if arguments.only:
+        print(json.dumps(only(arguments, config, device)))
+        return
+    results = measure(arguments, config, device)
+    for name, figures in results.items():
+        print(f"{name:52}" + "   ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    shape = {"batch": arguments.batch, "length": arguments.length, "model": config.model.name}
+    arguments.out.write_text(json.dumps({"results": results, "shape": shape} | environment(device), indent=2))
+    print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
