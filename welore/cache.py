@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -34,7 +35,7 @@ class Cache:
             try:
                 return read(path)
             except Exception as error:  # whatever a truncated file makes its reader raise
-                print(f"cache: {path} is damaged ({type(error).__name__}: {error}); it is made again")
+                print(f"cache: {path} is damaged ({type(error).__name__}: {error}); it is made again", file=sys.stderr)
         value = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")

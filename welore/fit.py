@@ -3,8 +3,10 @@
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def fit(
     done = _steps_done(last)
     checkpoint = str(last) if done else None
     history.start_at(done)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # stdout is for the table alone
         warnings.simplefilter("ignore")  # hints about workers, srun and services that do not concern this run
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         training = batches.training
@@ -123,7 +125,7 @@ def _steps_done(checkpoint: Path) -> int:
     except FileNotFoundError:
         return 0
     except Exception as error:  # whatever a truncated file makes its reader raise
-        print(f"{checkpoint} is damaged ({type(error).__name__}); training starts again")
+        print(f"{checkpoint} is damaged ({type(error).__name__}); training starts again", file=sys.stderr)
         return 0
 
 
