@@ -1,3 +1,4 @@
+import shutil
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 
@@ -116,12 +117,28 @@ def test_a_sweep_puts_each_cell_where_the_cell_alone_would_be(tmp_path):
     assert alone == f"outputs/tiny/plain-welore-err=0.5/full/sotu-{fingerprint(to_config(compose(overrides)))}"
 
 
-def test_the_content_of_a_local_text_is_part_of_the_fingerprint_and_its_place_too(tmp_path):
+def test_a_run_that_trains_nothing_is_the_same_under_every_training_and_seed():
+    untrained, trained = (
+        {
+            fingerprint(to_config(compose([*TINY, f"mode={mode}", other])))
+            for other in ("seed=1", "task/training=smoke")
+        }
+        for mode in ("none", "welore")
+    )
+    assert len(untrained) == 1
+    assert len(trained) == 2
+    assert fingerprint(to_config(compose([*TINY, "mode=none", "task/protocol=smoke"]))) not in untrained
+
+
+def test_the_content_of_a_local_text_is_part_of_the_fingerprint_and_its_place_is_not(tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("one text")
     config = to_config(compose([*TINY, f"task.path={file}"]))
     before = fingerprint(config)
     assert fingerprint(config) == before
+    (tmp_path / "elsewhere").mkdir()
+    copy = shutil.copy(file, tmp_path / "elsewhere")
+    assert fingerprint(to_config(compose([*TINY, f"task.path={copy}"]))) == before
     file.write_text("one test")
     assert fingerprint(config) != before
 

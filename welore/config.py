@@ -98,9 +98,16 @@ def _plain(node: Any) -> Any:
 
 
 def science(config: Config) -> dict[str, Any]:
-    """What a result depends on: the config without its infrastructure, and the content behind its paths."""
+    """What a result depends on: the config without its infrastructure, and the content behind its paths.
+
+    Local texts count by content, wherever they lie. A run that trains nothing does not depend on how it would have
+    trained, nor on the seed.
+    """
     chosen = {key: value for key, value in asdict(config).items() if key not in INFRASTRUCTURE}
     chosen["identity"] = {"model": config.model.identity(), "task": config.task.identity()}
+    del chosen["task"]["path"]
+    if not config.mode.trains:
+        del chosen["task"]["training"], chosen["seed"]
     if isinstance(config.ranks, ranks.Given):
         chosen["identity"]["ranks"] = ranks.read_ranks(Path(config.ranks.path))
     return chosen

@@ -1,5 +1,6 @@
 """The story of one run: load, spectra, ranks, factorize, select, fit, evaluate, record."""
 
+import gc
 import json
 import platform
 import subprocess
@@ -42,6 +43,7 @@ def run(config: Config, folder: Path) -> Record:
     finished = Record.read(folder)
     if finished is not None and finished.status == "done" and not config.force:
         return finished
+    gc.collect()  # the model of a sweep's cell before is held by cycles, and would count as memory of this one
     started = time.time()
     record = Record(
         fingerprint(config),
