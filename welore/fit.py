@@ -97,7 +97,14 @@ class Stop(Callback):
             message = f"stopped by a signal after step {trainer.global_step} of {module.steps}"
             raise Interrupted(f"{message}; the same command goes on from there", self.signal)
 
-    def teardown(self, trainer, module, stage) -> None:
+    def on_train_end(self, trainer, module) -> None:
+        self._restore()
+
+    def on_exception(self, trainer, module, exception) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        # Before Lightning restores its own: its handler would else stay, and with it the model, for good.
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
