@@ -121,8 +121,22 @@ def _checkpoints(last: Path, every: int) -> ModelCheckpoint:
     )
 
 
+class Bars(TQDMProgressBar):
+    """Lightning's bars, ended where training ends early, or they would be drawn once more below the message."""
+
+    drawn = False
+
+    def on_train_start(self, *args) -> None:
+        super().on_train_start(*args)
+        self.drawn = True
+
+    def on_exception(self, *args) -> None:
+        if self.drawn:
+            self.train_progress_bar.close()
+
+
 def _bar(progress: bool) -> list[TQDMProgressBar]:
-    return [TQDMProgressBar(refresh_rate=1)] if progress else []
+    return [Bars(refresh_rate=1)] if progress else []
 
 
 def _steps_done(checkpoint: Path) -> int:
