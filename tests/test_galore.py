@@ -25,8 +25,10 @@ def gradient(shape, step):
 def trajectory(optimizer, parameters, steps, gradients=gradient):
     for step in steps:
         for parameter in parameters:
-            parameter.grad = gradients(parameter.shape, step).to(parameter.dtype)
+            parameter.grad = None
+            (parameter * gradients(parameter.shape, step).to(parameter.dtype)).sum().backward()
         optimizer.step()
+        optimizer.zero_grad()
     return [parameter.detach().clone() for parameter in parameters]
 
 

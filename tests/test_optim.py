@@ -17,13 +17,16 @@ def parameters(dtype=torch.float32):
 def give_gradients(parameters, step):
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.grad = None
+        (parameter * gradient).sum().backward()
 
 
 def trajectory(optimizer, parameters, steps):
     for step in steps:
         give_gradients(parameters, step)
         optimizer.step()
+        optimizer.zero_grad()
     return [parameter.detach().clone() for parameter in parameters]
 
 
@@ -66,9 +69,10 @@ def test_masters_keep_the_small_updates_that_a_bfloat16_step_loses():
     for step in steps:
         for group in (with_masters, plain, exact):
             give_gradients(group, step)
-        for parameter, like in zip(exact, with_masters, strict=True):
+        for parameter, like in zip(exact, plain, strict=True):
             parameter.grad = like.grad.float()
         optimizer.step()
+        optimizer.zero_grad()
         if step == 0:
             adam, plain_adam = torch.optim.AdamW(exact, **options, fused=True), torch.optim.AdamW(plain, **options)
         adam.step()
@@ -116,3 +120,16 @@ def test_the_state_is_two_moments_and_a_master_where_the_model_is_not_float32(dt
     trajectory(optimizer, ours, range(1))
     counters = 4 * len(ours)
     assert state_bytes(optimizer) == copies * 4 * sum(p.numel() for p in ours) + counters
+
+
+def test_passes_accumulate_in_float32_and_no_gradient_is_held_twice():
+    (parameter,) = weight = [nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))]
+    optimizer = AdamW(weight, **OPTIONS)
+    for small in (1.0, 2.0**-10, 2.0**-10):  # bfloat16 has 8 bits: the small ones would be lost
+        (parameter * small).sum().backward()
+        assert parameter.grad is None
+    ((_, master),) = optimizer.pairs
+    assert torch.equal(master.grad, torch.full((3,), 1 + 2.0**-9))
+    optimizer.step()
+    optimizer.zero_grad()
+    assert master.grad is None

@@ -46,6 +46,7 @@ MODES = {
     "galore": ["mode=galore", "mode.rank=8", "mode.gap=5"],
     "lora on factors": ["mode=lora"],
     "lora on the product": ["mode=lora", "mode.lora_on=merged"],
+    "lora with dropout": ["mode=lora", "mode.dropout=0.3"],
     "padded token budget": ["task.training.pack=false", "task.training.steps=null", "task.training.tokens=1500"],
 }
 

@@ -1,11 +1,11 @@
 """Results on disk, found again by the content of what they were computed from."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+from uuid import uuid4
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class Cache:
                 print(f"cache: {path} is damaged ({type(error).__name__}: {error}); it is made again", file=sys.stderr)
         value = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part = path.with_name(f"{path.name}.{uuid4().hex}.part")  # processes on other nodes may write it too
         try:
             write(value, part)
             part.replace(path)

@@ -146,7 +146,6 @@ def _unless_refused(cfg: DictConfig, name: Callable[[Config], str]) -> str:
 
 def compose(overrides: Sequence[str]) -> DictConfig:
     """The config of one cell, exactly as run.py composes it."""
-    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra_compose("config", spell_out(overrides))
 
@@ -175,3 +174,7 @@ def _quoted(value: str) -> str:
     """A path that holds `=`, as every run folder does, in the quotes that Hydra's grammar wants around it."""
     is_path = "/" in value and "=" in value and not any(mark in value for mark in "'\"[]{}(),")
     return f"'{value}'" if is_path else value
+
+
+# At import: a worker of a launcher composes in a process of its own, in which nobody else would do it.
+register()

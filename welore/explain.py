@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator
 
+import torch
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
@@ -14,6 +15,10 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from welore.config import compose
 from welore.errors import Interrupted, Refused
 
+OUT_OF_MEMORY = (
+    "Raise task.training.accumulate, which divides a step into more passes, lower task.training.length, or take "
+    "mode=welore or mode=lora, which train fewer parameters."
+)
 TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
 
@@ -53,6 +58,8 @@ def _foreseen(error: BaseException) -> tuple[str, int] | None:
             return "stopped from the keyboard; the same command goes on from the last checkpoint", 130
         if isinstance(cause, FloatingPointError):
             return str(cause), 1
+        if isinstance(cause, torch.OutOfMemoryError):
+            return f"the device is out of memory. {OUT_OF_MEMORY} {str(cause).splitlines()[0]}", 1
         if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
             place = f"{cause.filename} cannot be written" if cause.filename else "the run cannot be written"
             return f"{place} ({cause.strerror}). Give a folder that can be: outputs=FOLDER.", 1

@@ -47,7 +47,7 @@ def fit(
         runner = LightningTrainer(
             accelerator="gpu" if trainer.place().type == "cuda" else "cpu",
             devices=1,
-            precision={None: "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}[autocast],
+            precision={None: "32-true", "bfloat16": "bf16-mixed"}[autocast],
             max_epochs=1,
             max_steps=batches.steps,
             accumulate_grad_batches=training.accumulate,
@@ -62,6 +62,7 @@ def fit(
             use_distributed_sampler=False,
         )
         runner.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        runner.save_checkpoint(last)  # what comes after training may fail, and must not cost it
 
 
 class Stop(Callback):
@@ -142,7 +143,7 @@ def _bar(progress: bool) -> list[TQDMProgressBar]:
 def _steps_done(checkpoint: Path) -> int:
     """The optimizer steps in a checkpoint; 0 where there is none or it was cut short."""
     try:
-        return int(torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"])
+        return int(torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"])
     except FileNotFoundError:
         return 0
     except Exception as error:  # whatever a truncated file makes its reader raise

@@ -6,6 +6,7 @@ Shape suffixes: T = tokens, D = hidden size, V = vocabulary size, C = tokens of 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # the label of a position that is not scored
 CHUNK_LOGITS = 2**24  # logits held at once: 64 MiB in float32
@@ -21,8 +22,13 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     total = logits_TV.new_zeros((), dtype=torch.float32)
     size = chunk_tokens(logits_TV.shape[-1])
     for logits_CV, labels_C in zip(logits_TV.split(size), labels_T.split(size), strict=True):
-        total = total + F.cross_entropy(logits_CV.float(), labels_C, ignore_index=IGNORED, reduction="sum")
+        # Recomputed for its gradient, or every chunk would keep its float32 log-probabilities until then.
+        total = total + checkpoint(_chunk_loss, logits_CV, labels_C, use_reentrant=False)
     return total
+
+
+def _chunk_loss(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+    return F.cross_entropy(logits_CV.float(), labels_C, ignore_index=IGNORED, reduction="sum")
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -1,9 +1,11 @@
 """Where a language model comes from, and which of its weights can be compressed."""
 
 import importlib.util
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode
@@ -34,6 +36,8 @@ class Model:
         for key, value in (("dtype", self.dtype), ("autocast", self.autocast)):
             if value is not None and value not in DTYPES:
                 raise Refused(f"model.{key}={value} is unknown. Write one of {', '.join(DTYPES)}.")
+        if self.autocast == "float16":
+            raise Refused("model.autocast=float16 would need its gradients scaled. Write bfloat16, or null for none.")
 
     def load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
         """The model in eval mode on the CPU, and its tokenizer. `folder` may keep a converted copy for next time."""
@@ -70,12 +74,14 @@ class Pretrained(Model):
     def _from_gguf(self, path: Path, folder: Path) -> tuple[PreTrainedModel, Any]:
         """Dequantizing takes far longer than reading the result, which is therefore kept beside the other caches."""
         converted = folder / "models" / digest(path.name, self.identity(), self.dtype)
-        if not (converted / "complete").exists():
+        if not converted.exists():
             model, tokenizer = _from_pretrained(self, str(path.parent), gguf_file=path.name)
             model.hf_quantizer.remove_quantization_config(model)  # dequantized: an ordinary model from here on
-            model.save_pretrained(converted)
-            tokenizer.save_pretrained(converted)
-            (converted / "complete").touch()
+            part = converted.with_name(f"{converted.name}.{uuid4().hex}.part")
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            with suppress(OSError):  # another process was faster
+                part.rename(converted)
         return _from_pretrained(self, str(converted))
 
     def _location(self) -> Path | None:

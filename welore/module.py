@@ -31,6 +31,7 @@ class Tuner(LightningModule):
         self.loss = causal_loss(model)
         self.strict_loading = False
         self.tokens_seen = 0
+        self.random: list[Tensor] = []
         self._step_loss = 0.0
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
@@ -59,6 +60,9 @@ class Tuner(LightningModule):
         self._step_loss = 0.0
 
     def on_train_start(self) -> None:
+        if self.random:
+            torch.set_rng_state(self.random[0].cpu())
+            torch.cuda.set_rng_state_all([state.cpu() for state in self.random[1:]])
         with peak_memory(self.device) as self.peak:
             self.model.train()
 
@@ -87,15 +91,17 @@ class Tuner(LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         if self.training_config.clip:
-            nn.utils.clip_grad_norm_(self.parameters_to_train, self.training_config.clip)
+            stepped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(stepped, self.training_config.clip)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # for dropout
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_seen = checkpoint["tokens_seen"]
+        self.tokens_seen, self.random = checkpoint["tokens_seen"], checkpoint["random"]
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         if missing := trained - checkpoint["state_dict"].keys():
             raise Refused(f"the checkpoint lacks {sorted(missing)[:3]}: it is of another run. Write force=true.")

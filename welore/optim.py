@@ -4,6 +4,8 @@ A pure bfloat16 step at a learning rate of 5e-5 rounds most updates away, and un
 that is not float32 gets a float32 master copy, which the optimizer steps and which is rounded into the model.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -11,14 +13,17 @@ from torch import Tensor, nn
 class Float32Masters:
     """Mixed in before a `torch.optim.Optimizer`: it steps float32 masters of the parameters that it is given.
 
-    A parameter that is float32 is its own master and is not copied. Gradients are read from the model's parameters,
-    so clip those. `state_dict` carries the masters: a resumed run continues from them to the bit.
+    A parameter that is float32 is its own master and is not copied. The gradient of any other moves to its master as
+    soon as a backward pass has formed it, so that passes accumulate in float32 and no gradient is held twice: clip
+    what is in `param_groups`. `state_dict` carries the masters: a resumed run continues from them to the bit.
     """
 
     def __init__(self, parameters: list[nn.Parameter], **options):
         masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
         self.pairs = [(p, master) for p, master in zip(parameters, masters, strict=True) if p is not master]
         super().__init__(masters, **options)
+        for parameter, master in self.pairs:
+            parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -26,18 +31,10 @@ class Float32Masters:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for parameter, master in self.pairs:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
         super().step()
         for parameter, master in self.pairs:
             parameter.copy_(master)
-            master.grad = None
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for parameter, _ in self.pairs:
-            parameter.grad = None
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"masters": [master.detach() for _, master in self.pairs]}
@@ -48,6 +45,12 @@ class Float32Masters:
         for (parameter, master), saved in zip(self.pairs, state["masters"], strict=True):
             master.copy_(saved)
             parameter.copy_(master)
+
+
+@torch.no_grad()
+def _move_gradient(master: nn.Parameter, parameter: nn.Parameter) -> None:
+    gradient, parameter.grad = parameter.grad.float(), None
+    master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
 
 class AdamW(Float32Masters, torch.optim.AdamW):

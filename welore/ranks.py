@@ -189,8 +189,8 @@ class Uniform(Ranks):
     def plan(self, spectra: dict[str, Spectrum], budget: Budget) -> Plan:
         attempted, ranks = {}, {}
         for name, spectrum in spectra.items():
-            K, (M, N) = len(spectrum.sigma_K), spectrum.shape
-            rank = K - int(budget.err * K) if budget.keep is None else min(K, int(budget.keep * M * N / (M + N)))
+            M, N = spectrum.shape
+            rank = self._rank(budget, spectrum)
             if rank < 1:
                 least = (
                     math.ceil((M + N) / (M * N) * 10_000) / 10_000
@@ -202,6 +202,12 @@ class Uniform(Ranks):
             attempted[name] = rank
             ranks[name] = rank if rank <= DENSE_RULES[self.dense](spectrum.shape) else None
         return tally(ranks, spectra, attempted)
+
+    def _rank(self, budget: Budget, spectrum: Spectrum) -> int:
+        K, (M, N) = len(spectrum.sigma_K), spectrum.shape
+        if budget.keep is None:
+            return K - int(budget.err * K)
+        return K if budget.keep == 1 else min(K, int(budget.keep * M * N / (M + N)))
 
 
 @dataclass

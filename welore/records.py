@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -95,3 +96,33 @@ def _written(value: Any) -> str:
     text = str(value)
     escaped = text.replace("'", "\\'")
     return text if re.fullmatch(r"[\w./:@+-]+", text) else f"'{escaped}'"
+
+
+ASIDE = "before"  # a finished run inside its own folder, while the same run is forced again
+
+
+def set_aside(folder: Path) -> None:
+    """Move everything that a finished run has left in its folder out of the way of the next one."""
+    aside = folder / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for path in list(folder.iterdir()):
+        if path.name not in (ASIDE, ".hydra") and path.suffix != ".log":
+            path.rename(aside / path.name)
+
+
+def bring_back(folder: Path) -> bool:
+    """Put back what was set aside, in the place of what a failed run has left; False where there is nothing."""
+    aside = folder / ASIDE
+    if not aside.exists():
+        return False
+    for path in list(aside.iterdir()):
+        place = folder / path.name
+        shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        path.rename(place)
+    aside.rmdir()
+    return True
+
+
+def discard_aside(folder: Path) -> None:
+    shutil.rmtree(folder / ASIDE, ignore_errors=True)

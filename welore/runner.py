@@ -22,13 +22,14 @@ from welore.batches import Batches, evaluation_windows, training_rows
 from welore.cache import Cache, digest
 from welore.compress import factorize, plan_ranks, read_spectra, save_spectra, weight_digests
 from welore.config import Config, fingerprint
-from welore.errors import Refused
+from welore.errors import Interrupted, Refused
 from welore.evaluate import Score, frozen_weights_in, perplexity
-from welore.measure import peak_memory
+from welore.measure import GIB, Throughput, peak_memory
 from welore.models import count_bytes, count_parameters, flops_per_token
 from welore.modes import norm_parameters, select
+from welore.optim import state_bytes
 from welore.ranks import Plan
-from welore.records import Record
+from welore.records import Record, bring_back, discard_aside, set_aside
 from welore.report import announce
 from welore.trainer import discard_checkpoints
 
@@ -38,11 +39,15 @@ MODEL = "model"
 def run(config: Config, folder: Path) -> Record:
     """The record of this config: read from `folder` where it is done, made and written there where it is not.
 
-    A run that fails leaves a record of status `failed`, but never in the place of a finished one.
+    A run that fails leaves a record of status `failed` with all that it had measured. A finished run that is forced
+    again is set aside until the new one is done, and comes back whole if that fails.
     """
     finished = Record.read(folder)
-    if finished is not None and finished.status == "done" and not config.force:
-        return finished
+    if finished is not None and finished.status == "done":
+        if not config.force:
+            return finished
+        discard_checkpoints(folder)
+        set_aside(folder)
     gc.collect()  # the model of a sweep's cell before is held by cycles, and would count as memory of this one
     started = time.time()
     record = Record(
@@ -54,26 +59,27 @@ def run(config: Config, folder: Path) -> Record:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
-        with config.logger.open(folder, record.fingerprint, config.group, tags, asdict(config)) as loggers:
-            record.metrics, record.environment = _story(config, folder, loggers)
-        record.status = "done"
+        _story(config, folder, record)
+        record.status, record.seconds = "done", time.time() - started
+        record.save(folder)
     except BaseException as error:
+        record.status, record.seconds = "failed", time.time() - started
         record.error = f"{type(error).__name__}: {error}"
         if not isinstance(error, Refused):
             record.error += "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
-        raise
-    finally:
-        record.seconds = time.time() - started
-        if record.status == "done" or finished is None or finished.status != "done":
+        if isinstance(error, Interrupted | KeyboardInterrupt) or not bring_back(folder):
             record.save(folder)
+        raise
     discard_checkpoints(folder)
+    discard_aside(folder)
     return record
 
 
-def _story(config: Config, folder: Path, loggers: list) -> tuple[dict[str, Any], dict[str, Any]]:
+def _story(config: Config, folder: Path, record: Record) -> None:
+    """Steps 3 to 10 of a run; what they measure goes into the record at once."""
     torch.manual_seed(config.seed)
     device, cache = config.trainer.place(), Cache(Path(config.outputs) / ".cache")
+    found = record.metrics
 
     announce(f"load {config.model.name}")
     model, tokenizer = config.model.load(cache.folder)
@@ -81,10 +87,9 @@ def _story(config: Config, folder: Path, loggers: list) -> tuple[dict[str, Any],
     _check_positions(model, config)
     weights = weight_digests(model)
     model.to(device)
-    found: dict[str, Any] = {
-        metrics.DENSE_PARAMETERS.key: count_parameters(model),
-        metrics.DENSE_BYTES.key: count_bytes(model),
-    }
+    protocol = f"{config.task.name} test: {config.task.protocol.title()}, {windows_BL.numel()} tokens"
+    record.environment = environment(device) | {"protocol": protocol, "weights": digest(*weights.values())}
+    found |= {metrics.DENSE_PARAMETERS.key: count_parameters(model), metrics.DENSE_BYTES.key: count_bytes(model)}
     found |= _dense(model, weights, windows_BL, config, device, cache)
 
     spectra = read_spectra(model, weights, cache)
@@ -94,43 +99,34 @@ def _story(config: Config, folder: Path, loggers: list) -> tuple[dict[str, Any],
     (folder / "ranks.json").write_text(json.dumps(plan.ranks, indent=2))
     lrc = f"{len(plan.factored)} of {len(plan.ranks)} LRC"
     announce(f"asked {config.asked}: err {plan.err:.4f}, keep {plan.keep:.4f}, {lrc}")
-
     factorize(model, plan, weights, cache)
     found |= _compression(model, plan)
-    with peak_memory(device) as peak:
-        score = perplexity(model, windows_BL, config.model.autocast, "compressed perplexity")
-        found |= _scored("compressed", score) | {metrics.EVAL_PEAK_GIB.key: peak.gib}
+    found |= _evaluate(model, windows_BL, config, "compressed")
 
-    if config.mode.trains:
-        found |= tune(model, tokenizer, config, folder, cache, loggers)
-        with peak_memory(device) as peak:
-            score = perplexity(model, windows_BL, config.model.autocast, "tuned perplexity")
-            found |= _scored("tuned", score) | {metrics.EVAL_PEAK_GIB.key: peak.gib}
-        found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
-
+    tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
+    with config.logger.open(folder, record.fingerprint, config.group, tags, asdict(config)) as loggers:
+        if config.mode.trains:
+            found |= tune(model, tokenizer, config, folder, cache, loggers)
+            found |= _evaluate(model, windows_BL, config, "tuned")
+            found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
+        for logger in loggers:
+            logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
     if config.save:
         checkpoint.save(model, tokenizer, folder / MODEL)
-    for logger in loggers:
-        logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
-    protocol = f"{config.task.name} test: {config.task.protocol.title()}, {windows_BL.numel()} tokens"
-    return found, environment(device) | {"protocol": protocol, "weights": digest(*weights.values())}
 
 
 def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: list) -> dict[str, Any]:
     """Train what the mode selects, and say how much that was and what it took."""
-    from welore.fit import fit
-    from welore.measure import GIB, Throughput
+    from welore.fit import fit  # Lightning takes seconds to import, and a run without training does not need it
     from welore.module import Tuner
-    from welore.optim import state_bytes
 
     training = config.task.training
-    if config.force:
-        discard_checkpoints(folder)
     rows = training_rows(config.task, tokenizer, cache, config.seed)
     batches = Batches(rows, training, config.seed)
     held_out = training_rows(config.task, tokenizer, cache, config.seed, "validation", training.validation_windows)
     validation = DataLoader([held_out.batch(torch.tensor([row])) for row in range(len(held_out))], batch_size=None)
 
+    torch.manual_seed(config.seed)  # adapters start the same whatever was drawn before
     parameters = select(model, config.mode)
     norms = {id(p) for p in norm_parameters(model)}
     trained = sum(p.numel() for p in parameters)
@@ -142,9 +138,8 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     with peak_memory(device) as peak, frozen_weights_in(model, config.model.autocast):
         fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput)
         gib = peak.gib
-    optimizer = tuner.optimizers(use_pl_optimizer=False)
-    gradients = sum(p.numel() * p.element_size() for p in parameters)
-    state = (gradients + state_bytes(optimizer)) / GIB
+    gradients = trained * torch.float32.itemsize
+    state = (gradients + state_bytes(tuner.optimizers(use_pl_optimizer=False))) / GIB
     model.to(device).eval().requires_grad_(False)
     config.mode.finish(model)
     return throughput.metrics() | {
@@ -159,10 +154,20 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     }
 
 
+def _evaluate(model: PreTrainedModel, windows_BL: Tensor, config: Config, stage: str) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    with peak_memory(device) as peak:
+        score = perplexity(model, windows_BL, config.model.autocast, f"{stage} perplexity")
+        return _scored(stage, score) | {metrics.EVAL_PEAK_GIB.key: peak.gib}
+
+
 def _dense(model, weights: dict[str, str], windows_BL: Tensor, config: Config, device, cache: Cache) -> dict[str, Any]:
     """How the uncompressed model scores under this protocol, measured once for each device."""
     key = digest(
-        *weights.values(), windows_BL.numpy().tobytes(), str(config.model.autocast), environment(device)["device"]
+        *(part for item in weights.items() for part in item),
+        model.config.to_json_string(),
+        f"{tuple(windows_BL.shape)} {config.model.autocast} {environment(device)['device']}",
+        windows_BL.numpy().tobytes(),
     )
 
     def make() -> dict[str, Any]:
@@ -204,7 +209,7 @@ def _compression(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
 
 
 def _refuse_empty(plan: Plan, config: Config) -> None:
-    if config.err and not plan.factored:
+    if not plan.factored and (config.err or (config.keep or 1) < 1):
         raise Refused(
             f"err={config.err} with ranks={config.ranks.name} and ranks.dense={config.ranks.dense} leaves every "
             f"weight dense. Ask for a larger err, or write ranks.dense=never."

@@ -3,9 +3,11 @@
 A task has four splits: train, calibration, validation and test.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -130,7 +132,8 @@ class Task:
         """The content of the local files behind `path`, so that a changed file is another experiment."""
         if self.path is None:
             return ""
-        return digest(*(part for file in text_files(Path(self.path)) for part in (file.name, file.read_bytes())))
+        files = text_files(Path(self.path))
+        return digest(*(part for file in files for part in (file.name, _content(file, file.stat().st_mtime_ns))))
 
 
 @dataclass
@@ -179,3 +182,10 @@ class Hub(Task):
                 f"task={self.name} reads {self.repo} from the hub, which failed: {reason} "
                 f"Give a local copy: task.path=FILE_OR_FOLDER (jsonl with a field `text`, txt, or raw)."
             ) from error
+
+
+@cache
+def _content(file: Path, changed: int) -> str:
+    """The hash of a file, read once a process for each time that it was `changed`."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
