@@ -30,6 +30,7 @@ from welore.lowrank import LowRankLinear
 from welore.measure import GIB, peak_memory, synchronize
 from welore.models import components
 from welore.modes import Mode, select
+from welore.ranks import Budget
 from welore.runner import environment
 from welore.svd import singular_values
 
@@ -109,14 +110,15 @@ def sweep_against_svds(config: Config, device: torch.device) -> dict[str, dict]:
                 plan_and_factor(Cache(Path(folder)), err)
 
     def plan_and_factor(cache: Cache, err: float) -> None:
-        model, _ = config.model.load(Path(config.outputs) / ".cache")
-        weights = weight_digests(model)
         nonlocal spent
-        spent += seconds(lambda: factorize(model, plan_of(model, weights, cache, err), weights, cache), device)
+        model, _ = config.model.load(Path(config.outputs) / ".cache")
 
-    def plan_of(model, weights, cache, err):
-        spectra = read_spectra(model, weights, cache)
-        return config.ranks.plan(spectra, type(config.budget)(err=err))
+        def work() -> None:
+            weights = weight_digests(model)
+            plan = config.ranks.plan(read_spectra(model, weights, cache), Budget(err=err))
+            factorize(model, plan, weights, cache)
+
+        spent += seconds(work, device)
 
     spent = 0.0
     ours()
@@ -203,7 +205,11 @@ def loss_memory(vocabulary: int, tokens: int = 1024, hidden: int = 576) -> dict[
             else:
                 F.cross_entropy(F.linear(h, W).float(), labels, reduction="sum").backward()
             found[f"{name} GiB"] = peak.gib - held
-    return found
+    whole = vocabulary * tokens * torch.float32.itemsize / GIB
+    return found | {
+        "ratio": found["chunked GiB"] / found["whole window GiB"],
+        "float32 logits of the window GiB": whole,
+    }
 
 
 def alone(arguments: argparse.Namespace, what: str) -> dict:

@@ -1,0 +1,94 @@
+"""One run as a whole: what its caches tell apart, and what a forced run leaves of the one before."""
+
+import gc
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from welore import runner
+from welore.config import compose, to_config
+from welore.evaluate import perplexity
+from welore.runner import run
+
+SMALL = ["model=tiny", "err=0.5", "trainer=cpu", "logger=none", "trainer.progress=false"]
+SMOKE = ["task/protocol=smoke", "task/training=smoke"]
+
+
+def config_of(outputs, *overrides):
+    return to_config(compose([*SMALL, *SMOKE, f"outputs={outputs}", *overrides]))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_same_text_in_other_windows_has_a_dense_perplexity_of_its_own(tmp_path):
+    found = []
+    for index, window in enumerate((64, 128)):
+        config = config_of(
+            tmp_path, "mode=none", f"task.protocol.window={window}", f"task.protocol.windows={512 // window}"
+        )
+        found.append(run(config, tmp_path / str(index)).metrics)
+    assert found[0]["eval/tokens"] == 8 * 63
+    assert found[1]["eval/tokens"] == 4 * 127
+    assert found[0]["dense/perplexity"] != found[1]["dense/perplexity"]
+
+
+def test_a_forced_run_that_fails_gives_back_the_finished_one_whole(tmp_path):
+    run(config_of(tmp_path), tmp_path / "run")
+    before = contents(tmp_path / "run")
+    broken = config_of(tmp_path, "force=true")
+    broken.mode.lr = 1e30
+    with pytest.raises(FloatingPointError):
+        run(broken, tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_forced_run_that_succeeds_leaves_nothing_of_the_one_before(tmp_path):
+    first = run(config_of(tmp_path), tmp_path / "run")
+    names = set(contents(tmp_path / "run"))
+    second = run(config_of(tmp_path, "force=true"), tmp_path / "run")
+    assert second.started >= first.started
+    assert second.metrics["tuned/perplexity"] == first.metrics["tuned/perplexity"]
+    assert set(contents(tmp_path / "run")) == names
+
+
+def test_a_run_that_fails_late_keeps_what_it_had_measured(tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device", "model.safetensors")
+
+    monkeypatch.setattr(runner.checkpoint, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run(config_of(tmp_path), tmp_path / "run")
+    record = runner.Record.read(tmp_path / "run")
+    assert record.status == "failed"
+    assert {"dense/perplexity", "compressed/perplexity", "tuned/perplexity", "fit/tokens"} <= record.metrics.keys()
+    monkeypatch.undo()
+    again = run(
+        config_of(tmp_path), tmp_path / "run"
+    )  # does not train again: the checkpoint of the last step is there
+    assert again.status == "done"
+    assert again.metrics["tuned/perplexity"] == record.metrics["tuned/perplexity"]
+
+
+def test_a_finished_run_holds_no_model_in_memory(tmp_path):
+    run(config_of(tmp_path), tmp_path / "run")
+    gc.collect()
+    assert not [
+        thing for thing in gc.get_objects() if isinstance(thing, PreTrainedModel) and thing.config.vocab_size == 259
+    ]
+
+
+def test_the_saved_model_has_the_perplexity_of_the_record(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from welore.batches import evaluation_windows
+    from welore.cache import Cache
+    from welore.models import byte_tokenizer
+
+    config = config_of(tmp_path)
+    record = run(config, tmp_path / "run")
+    windows_BL = evaluation_windows(config.task, byte_tokenizer(), Cache(tmp_path / "cache"))
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    assert perplexity(reloaded, windows_BL).perplexity == record.metrics["tuned/perplexity"]
