@@ -117,3 +117,13 @@ def test_a_weight_that_is_not_finite_is_refused(bad, decompose):
     W_MN[1, 2] = bad
     with pytest.raises(Refused, match="1 of its 24 values"):
         decompose(W_MN)
+
+
+def test_a_gram_matrix_formed_in_blocks_has_the_same_spectrum_and_vectors(monkeypatch):
+    W_MN = torch.randn(50, 80)
+    whole = basis(W_MN)
+    monkeypatch.setattr("welore.svd.GRAM_ROWS", 16)
+    blocks = basis(W_MN)
+    torch.testing.assert_close(blocks.sigma_K, whole.sigma_K, rtol=1e-12, atol=0)
+    torch.testing.assert_close(blocks.vectors_KK.abs(), whole.vectors_KK.abs(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(singular_values(W_MN), whole.sigma_K.cpu(), rtol=1e-12, atol=0)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from welore.errors import Refused
 
+GRAM_ROWS = 1024  # rows of a Gram matrix that are formed together
+
 
 @dataclass
 class Svd:
@@ -48,12 +50,20 @@ class Basis:
 
 
 def gram(W_MN: Tensor) -> Tensor:
-    """The float64 Gram matrix of the shorter side. Raises on a weight that holds NaN or infinity."""
+    """The float64 Gram matrix of the shorter side, of which only the lower triangle is filled in where it is large.
+
+    The eigenvalue routines read no more than that. Raises on a weight that holds NaN or infinity.
+    """
     if not W_MN.isfinite().all():
         bad = int((~W_MN.isfinite()).sum())
         raise Refused(f"{bad} of its {W_MN.numel()} values are NaN or infinite: a weight must be finite to decompose.")
     W = W_MN.detach().double()
-    return W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+    rows = W if W.shape[0] <= W.shape[1] else W.T
+    G_KK = rows.new_zeros(len(rows), len(rows))
+    for start in range(0, len(rows), GRAM_ROWS):
+        end = start + GRAM_ROWS
+        G_KK[start:end, :end] = rows[start:end] @ rows[:end].T
+    return G_KK
 
 
 def singular_values(W_MN: Tensor) -> Tensor:
