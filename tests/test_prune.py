@@ -11,7 +11,7 @@ from welore.lowrank import LowRankLinear, replace
 from welore.models import components
 from welore.modes import Lora, select
 from welore.moments import Moments, Needs
-from welore.prune import Magnitude, Prune, SparseGpt, Wanda, prune_model
+from welore.prune import Magnitude, Prune, SparseGpt, Wanda, count_zeros, prune_model
 from welore.sparse import KeptZeros, mask_wanda, sparsegpt
 
 SCHEMAS = {"none": Prune, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGpt}
@@ -238,3 +238,6 @@ def test_after_adapters_are_merged_the_zeros_of_a_pruned_model_come_back(family,
     for full, mask in masks.items():
         W_MN = merged[full].weight[: mask.shape[0], : mask.shape[1]]  # merged adapters append ranks, which are dense
         assert (W_MN[mask] == 0).all() and zero_share(W_MN) == 0.5
+    found = count_zeros(prune, components(model))
+    assert found["n_lrc_sparsity"] == 0.5
+    assert found["sparsity"] == 0.5 if lora_on == "factors" else 0.48 < found["sparsity"] < 0.5

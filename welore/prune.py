@@ -144,14 +144,13 @@ def _agreed(sparsity: float | None, pattern: str) -> float:
 def prune_model(prune: Prune, modules: Modules, moments: Callable[[str], Moments]) -> dict[str, Any]:
     """Prune the compressible weights in place, one at a time, and count the zeros. Biases are left alone.
 
-    `moments` is called only where the option needs data. `zeros` are counted in the `parameters` values of the pruned
-    matrices; `n_lrc_sparsity` is the share of zeros in the weights that stayed dense (None if there are none),
-    `sparsity` that in all stored matrices. `notes` are the safer ways that had to be taken.
+    `moments` is called only where the option needs data. Returns the counts of `count_zeros`, and as `notes` the safer
+    ways that had to be taken.
     """
-    matrices, notes = prune.matrices(modules), []
+    notes: list[str] = []
     if not prune.prunes:
-        return _counted(modules, matrices) | {"notes": notes}
-    _check_matrices(prune, matrices)
+        return count_zeros(prune, modules) | {"notes": notes}
+    _check_matrices(prune, prune.matrices(modules))
     chosen = {name: module for name, module in modules.items() if prune.matrices({name: module})}
     for name, module in tqdm(chosen.items(), desc="prune", unit="weight", leave=False):
         for full, linear, inputs_NN in _with_inputs(prune, name, module, moments):
@@ -164,7 +163,7 @@ def prune_model(prune: Prune, modules: Modules, moments: Callable[[str], Moments
                 raise Refused(f"{full}: {error}") from error
             linear.weight.copy_(W_MN)
             notes += [f"{full}: {note}"] if note else []
-    return _counted(modules, matrices) | {"notes": notes}
+    return count_zeros(prune, modules) | {"notes": notes}
 
 
 def _check_matrices(prune: Prune, matrices: dict[str, nn.Linear]) -> None:
@@ -199,10 +198,15 @@ def _with_inputs(
     yield f"{name}.A", module.A, None if inputs_NN is None else B_RN @ inputs_NN.double() @ B_RN.T
 
 
-def _counted(modules: Modules, matrices: dict[str, nn.Linear]) -> dict[str, Any]:
+def count_zeros(prune: Prune, modules: Modules) -> dict[str, Any]:
+    """`zeros` among the `parameters` values of the matrices that are pruned, and shares of zeros.
+
+    `n_lrc_sparsity` is the share in the weights that stayed dense (None if there are none), `sparsity` that in all
+    stored matrices. Count again after tuning: ranks that merged adapters append to an LRC (mode.lora_on) are dense.
+    """
     dense = [m.weight for m in modules.values() if isinstance(m, nn.Linear)]
     factors = [f.weight for m in modules.values() if isinstance(m, LowRankLinear) for f in (m.A, m.B)]
-    zeros, parameters = _zeros([linear.weight for linear in matrices.values()])
+    zeros, parameters = _zeros([linear.weight for linear in prune.matrices(modules).values()])
     n_lrc_zeros, n_lrc = _zeros(dense)
     all_zeros, stored = _zeros(dense + factors)
     return {
