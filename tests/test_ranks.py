@@ -48,7 +48,7 @@ def thresholds(spectra, normalize):
 @pytest.mark.parametrize("err", [0.01, 0.1, 0.3, 0.5, 0.7, 0.9])
 def test_where_every_weight_is_cut_the_solved_threshold_reaches_err_within_one_rank(err, normalize):
     spectra = random_spectra(0)
-    plan = Welore("welore", normalize, "never").plan(spectra, Budget(err=err))
+    plan = Welore("welore", normalize, "never", "plain").plan(spectra, Budget(err=err))
     total = sum(len(s.sigma_K) for s in spectra.values())
     assert abs(plan.err - err) * total <= 1
 
@@ -65,7 +65,7 @@ def test_no_threshold_comes_closer_to_the_budget_than_the_solved_one(seed, kind,
     assert len(asked_within_reach) >= 3
     for asked in asked_within_reach:
         nearest = min(abs(value - asked) for value in reach)
-        ranks, budget = Welore("welore", normalize, dense), Budget(**{kind: asked})
+        ranks, budget = Welore("welore", normalize, dense, "plain"), Budget(**{kind: asked})
         if nearest > 0.1:  # inside a jump of the dense rule
             with pytest.raises(Refused, match="out of reach"):
                 ranks.plan(spectra, budget)
@@ -81,7 +81,7 @@ def test_a_budget_that_would_leave_a_weight_without_rank_is_refused_with_the_mos
     assert set(most.ranks.values()) == {1}
     limit = f"err={most.err:.3f}" if budget.keep is None else f"keep={most.keep:.3f}"
     with pytest.raises(Refused, match=limit):
-        Welore("welore", "minmax", dense).plan(spectra, budget)
+        Welore("welore", "minmax", dense, "plain").plan(spectra, budget)
 
 
 @pytest.mark.parametrize("k", [0.0, 0.01, 0.1, 0.3, 0.6, 0.9, 1.0])
@@ -119,7 +119,7 @@ def test_values_that_tie_are_removed_together():
         "a": Spectrum((4, 4), torch.tensor([2.0, 1.0, 1.0, 0.0], dtype=torch.float64)),
         "b": Spectrum((4, 4), torch.tensor([2.0, 1.0, 1.0, 0.0], dtype=torch.float64)),
     }
-    ranks = Welore("welore", "minmax", "never")
+    ranks = Welore("welore", "minmax", "never", "plain")
     assert ranks.plan(spectra, Budget(err=0.25)).ranks == {"a": 3, "b": 3}
     assert ranks.plan(spectra, Budget(err=0.7)).ranks == {"a": 1, "b": 1}
 
@@ -128,7 +128,7 @@ def test_values_that_tie_are_removed_together():
 def test_a_constant_spectrum_keeps_all_its_ranks(normalize):
     flat = Spectrum((6, 6), torch.full((6,), 0.3, dtype=torch.float64))
     spectra = random_spectra(1) | {"flat": flat}
-    assert Welore("welore", normalize, "never").plan(spectra, Budget(err=0.5)).ranks["flat"] is None
+    assert Welore("welore", normalize, "never", "plain").plan(spectra, Budget(err=0.5)).ranks["flat"] is None
 
 
 @every_normalization
@@ -191,14 +191,14 @@ def test_uniform_refuses_a_keep_that_leaves_a_rank_of_0_and_the_one_it_names_ins
 
 def test_an_unknown_option_is_refused_with_those_that_exist():
     with pytest.raises(Refused, match="half, break_even, never"):
-        Welore("welore", "minmax", "quarter")
+        Welore("welore", "minmax", "quarter", "plain")
     with pytest.raises(Refused, match="minmax, max"):
-        Welore("welore", "mean", "half")
+        Welore("welore", "mean", "half", "plain")
 
 
 def test_a_plan_written_as_ranks_json_is_read_back_as_it_was(tmp_path):
     spectra = random_spectra(0)
-    plan = Welore("welore", "minmax", "half").plan(spectra, Budget(err=0.5))
+    plan = Welore("welore", "minmax", "half", "plain").plan(spectra, Budget(err=0.5))
     assert None in plan.ranks.values() and plan.factored
     file = tmp_path / "ranks.json"
     file.write_text(json.dumps(plan.ranks))

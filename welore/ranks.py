@@ -1,8 +1,4 @@
-"""How many ranks each weight keeps: spectra and a budget in, a plan out.
-
-A rank of `None` means that the weight stays dense. A weight that is factored (LRC) at rank r stores r (m + n) numbers,
-one that stays dense (N-LRC) stores m n.
-"""
+"""How many ranks each weight keeps: spectra and a budget in, a plan out. Here: one threshold, uniform, and given."""
 
 import json
 import math
@@ -13,16 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from welore.budget import DENSE_RULES, Budget, Plan, check_option, tally
 from welore.errors import Refused
-from welore.lowrank import break_even_rank
+from welore.moments import Moments, Needs
 from welore.svd import Spectrum
 
-# The largest rank at which a weight of shape (m, n) is factored; above it the weight stays dense.
-DENSE_RULES: dict[str, Callable[[tuple[int, int]], int]] = {
-    "half": lambda shape: (min(shape) - 1) // 2,  # the paper's LRC: r < rank(W) / 2
-    "break_even": break_even_rank,  # factored if and only if that saves parameters
-    "never": lambda shape: min(shape) - 1,  # every weight is cut, as in the authors' compression script
-}
+COORDINATES = ("plain", "same")
 
 
 def minmax(sigma_K: Tensor) -> Tensor:
@@ -37,52 +29,14 @@ def by_max(sigma_K: Tensor) -> Tensor:
     return torch.ones_like(sigma_K) if high == 0 else sigma_K / high
 
 
+def tail_energy(sigma_K: Tensor) -> Tensor:
+    """The share of the squared norm that is lost with this value and all smaller ones: 1 for the largest."""
+    energy_K = sigma_K.double().square().flip(0).cumsum(0).flip(0)
+    return torch.ones_like(energy_K) if energy_K[0] == 0 else energy_K / energy_K[0]
+
+
 NORMALIZATIONS = {"minmax": minmax, "max": by_max}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may remain: `err`, the share of all ranks to remove, or `keep`, the share of the parameters to keep."""
-
-    err: float | None = None
-    keep: float | None = None
-
-    def __str__(self) -> str:
-        return f"keep={self.keep}" if self.err is None else f"err={self.err}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The rank of every compressible weight, `None` where it stays dense, and the budget that this comes to."""
-
-    ranks: dict[str, int | None]
-    err: float  # share of all ranks removed, counting only weights that are factored (the paper's ERR)
-    err_attempted: float  # the same counting also the ranks that the threshold would remove from dense weights (Eq. 1)
-    keep: float  # share of the parameters of the compressible weights that are still stored
-    threshold: float | None = None  # k, where one threshold made the plan
-
-    @property
-    def factored(self) -> dict[str, int]:
-        return {name: rank for name, rank in self.ranks.items() if rank is not None}
-
-
-def tally(
-    ranks: dict[str, int | None],
-    spectra: dict[str, Spectrum],
-    attempted: dict[str, int] | None = None,
-    threshold: float | None = None,
-) -> Plan:
-    """Count what a rank map removes. `attempted` are the ranks before the dense rule, where there were any."""
-    total = sum(len(spectrum.sigma_K) for spectrum in spectra.values())
-    dense = sum(spectrum.shape[0] * spectrum.shape[1] for spectrum in spectra.values())
-    removed, stored = 0, 0
-    for name, spectrum in spectra.items():
-        rank, (M, N) = ranks[name], spectrum.shape
-        removed += 0 if rank is None else len(spectrum.sigma_K) - rank
-        stored += M * N if rank is None else rank * (M + N)
-    tried = {} if attempted is None else attempted
-    cut = sum(len(s.sigma_K) - tried[name] for name, s in spectra.items()) if tried else removed
-    return Plan(ranks, removed / total, cut / total, stored / dense, threshold)
+SCORES = NORMALIZATIONS | {"tail_energy": tail_energy}
 
 
 def apply_threshold(spectra: dict[str, Spectrum], threshold: float, normalize: str, dense: str) -> Plan:
@@ -93,7 +47,7 @@ def apply_threshold(spectra: dict[str, Spectrum], threshold: float, normalize: s
     """
     attempted, ranks = {}, {}
     for name, spectrum in spectra.items():
-        rank = int((NORMALIZATIONS[normalize](spectrum.sigma_K) >= threshold).sum())
+        rank = int((SCORES[normalize](spectrum.sigma_K) >= threshold).sum())
         attempted[name] = rank
         ranks[name] = rank if rank <= DENSE_RULES[dense](spectrum.shape) else None
     return tally(ranks, spectra, attempted, threshold)
@@ -110,7 +64,7 @@ def solve_threshold(spectra: dict[str, Spectrum], budget: Budget, normalize: str
     values, gains = [], []
     for spectrum in spectra.values():
         K, (M, N) = len(spectrum.sigma_K), spectrum.shape
-        normalized = NORMALIZATIONS[normalize](spectrum.sigma_K).flip(0)[:-1]  # ascending, the largest always stays
+        normalized = SCORES[normalize](spectrum.sigma_K).flip(0)[:-1]  # ascending, the largest always stays
         first = K - DENSE_RULES[dense](spectrum.shape)  # ranks removed when the weight becomes an LRC
         gain = torch.full((K - 1,), 1.0 if budget.keep is None else float(M + N), dtype=torch.float64)
         gain[: first - 1] = 0.0
@@ -148,13 +102,31 @@ def _refuse_far(steps: Tensor, best: int, budget: Budget) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What a rule may ask of the model and the calibration text beyond the spectra. Nothing is computed unasked."""
+
+    weight: Callable[[str], Tensor]  # W_MN of a component
+    moments: Callable[[str], Moments]
+    loss: Callable[[dict[str, int]], float]  # nats per token with only these weights cut, at these ranks
+
+
 @dataclass
 class Ranks:
-    """Turns spectra and a budget into a plan."""
+    """Turns spectra and a budget into a plan that needs no more calibration than `needs` says."""
 
     name: str
 
-    def plan(self, spectra: dict[str, Spectrum], budget: Budget) -> Plan:
+    @property
+    def needs(self) -> Needs:
+        return Needs.NOTHING
+
+    @property
+    def coordinates(self) -> str:
+        """`same`: the spectra are those in the coordinates of svd=. `plain`: those of W, whatever svd= is."""
+        return "same"
+
+    def plan(self, spectra: dict[str, Spectrum], budget: Budget, evidence: Evidence | None = None) -> Plan:
         raise NotImplementedError(f"ranks={self.name} does not say how it plans")
 
 
@@ -167,12 +139,18 @@ class Welore(Ranks):
 
     normalize: str
     dense: str
+    spectrum: str
 
     def __post_init__(self):
-        _check_option("ranks.normalize", self.normalize, NORMALIZATIONS)
-        _check_option("ranks.dense", self.dense, DENSE_RULES)
+        check_option("ranks.normalize", self.normalize, NORMALIZATIONS)
+        check_option("ranks.dense", self.dense, DENSE_RULES)
+        check_option("ranks.spectrum", self.spectrum, COORDINATES)
 
-    def plan(self, spectra: dict[str, Spectrum], budget: Budget) -> Plan:
+    @property
+    def coordinates(self) -> str:
+        return self.spectrum
+
+    def plan(self, spectra: dict[str, Spectrum], budget: Budget, evidence: Evidence | None = None) -> Plan:
         threshold = solve_threshold(spectra, budget, self.normalize, self.dense)
         return apply_threshold(spectra, threshold, self.normalize, self.dense)
 
@@ -184,9 +162,9 @@ class Uniform(Ranks):
     dense: str
 
     def __post_init__(self):
-        _check_option("ranks.dense", self.dense, DENSE_RULES)
+        check_option("ranks.dense", self.dense, DENSE_RULES)
 
-    def plan(self, spectra: dict[str, Spectrum], budget: Budget) -> Plan:
+    def plan(self, spectra: dict[str, Spectrum], budget: Budget, evidence: Evidence | None = None) -> Plan:
         attempted, ranks = {}, {}
         for name, spectrum in spectra.items():
             M, N = spectrum.shape
@@ -216,7 +194,9 @@ class Given(Ranks):
 
     path: str
 
-    def plan(self, spectra: dict[str, Spectrum], budget: Budget | None = None) -> Plan:
+    def plan(
+        self, spectra: dict[str, Spectrum], budget: Budget | None = None, evidence: Evidence | None = None
+    ) -> Plan:
         """`budget` is ignored: the file is the budget."""
         ranks = read_ranks(Path(self.path))
         missing, unknown = sorted(spectra.keys() - ranks.keys()), sorted(ranks.keys() - spectra.keys())
@@ -244,8 +224,3 @@ def read_ranks(path: Path) -> dict[str, int | None]:
     if not isinstance(ranks, dict):
         raise Refused(f"ranks.path={path} holds a {type(ranks).__name__}; write a map of weight name to rank or null.")
     return ranks
-
-
-def _check_option(key: str, value: str, options: dict) -> None:
-    if value not in options:
-        raise Refused(f"{key}={value} is unknown. Write one of {', '.join(options)}.")
