@@ -107,8 +107,8 @@ class Proportional(Ranks):
 
     def plan(self, spectra: dict[str, Spectrum], budget: Budget, evidence: Evidence | None = None) -> Plan:
         wish_L = torch.tensor([self.measure(s.sigma_K) ** self.power for s in spectra.values()], dtype=torch.float64)
-        full_L = torch.tensor([budget.dense_price(s.shape) / budget.price(s.shape) for s in spectra.values()])
-        share_L = wish_L / full_L
+        full = [budget.dense_price(s.shape) / budget.price(s.shape) for s in spectra.values()]
+        share_L = wish_L / torch.tensor(full, dtype=torch.float64)
         ranks = fill(lambda scale: scale * share_L, 0.0, 1 / float(share_L.min()), spectra, budget, self.dense)
         return tally(ranks, spectra)
 
