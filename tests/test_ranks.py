@@ -4,10 +4,11 @@ import re
 import pytest
 import torch
 
-from welore.compress import read_spectra, weight_digests
+from welore.compress import Coordinates, read_spectra, weight_digests
 from welore.errors import Refused
+from welore.moments import Needs
 from welore.ranks import DENSE_RULES, NORMALIZATIONS, Budget, Given, Uniform, Welore, apply_threshold, tally
-from welore.svd import Spectrum
+from welore.svd import Plain, Spectrum
 
 every_dense = pytest.mark.parametrize("dense", DENSE_RULES)
 every_normalization = pytest.mark.parametrize("normalize", NORMALIZATIONS)
@@ -194,6 +195,34 @@ def test_an_unknown_option_is_refused_with_those_that_exist():
         Welore("welore", "minmax", "quarter", "plain")
     with pytest.raises(Refused, match="minmax, max"):
         Welore("welore", "mean", "half", "plain")
+    with pytest.raises(Refused, match="plain, same"):
+        Welore("welore", "max", "half", "whitened")
+
+
+def test_the_threshold_is_of_the_plain_spectrum_unless_asked_otherwise_and_needs_no_data():
+    for spectrum in ("plain", "same"):
+        ranks = Welore("welore", "max", "half", spectrum)
+        assert (ranks.coordinates, ranks.needs) == (spectrum, Needs.NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        (Budget(err=0.3), "err=0.3"),
+        (Budget(keep=0.8), "keep=0.8"),
+        (Budget(bytes=0.5), "bytes=0.5"),
+        (Budget(flops=0.7), "flops=0.7"),
+    ],
+)
+def test_a_budget_is_written_as_it_was_asked_for(budget, text):
+    assert str(budget) == text
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.7, 0.9])
+def test_a_limit_that_is_a_whole_number_is_not_lost_to_rounding(share):
+    spectra = random_spectra(0, [(100, 100), (200, 300)])
+    assert Budget(keep=share).limit(spectra) == round(share * 70_000)
+    assert Budget(err=share).limit(spectra) == round((1 - share) * 300)
 
 
 def test_a_plan_written_as_ranks_json_is_read_back_as_it_was(tmp_path):
@@ -238,4 +267,4 @@ def test_the_default_model_has_the_err_that_an_independent_pilot_measured(defaul
 @pytest.fixture(scope="module")
 def default_spectra(default_model):
     model, _, cache = default_model
-    return read_spectra(model, weight_digests(model), cache)
+    return read_spectra(model, Coordinates(Plain("plain", "none"), weight_digests(model), cache))
