@@ -19,13 +19,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from welore.batches import Batches, training_rows
 from welore.cache import Cache
-from welore.compress import factorize, read_spectra, weight_digests
+from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import compose, to_config
 from welore.fit import fit
 from welore.measure import Throughput
 from welore.modes import select
 from welore.module import Tuner
 from welore.ranks import Budget, Welore
+from welore.svd import Plain
 from welore.trainer import discard_checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -97,10 +98,10 @@ def compress(cache):
     """A function that factors a model in place by one threshold, and returns the plan."""
 
     def compress(model, budget=None, dense="half"):
-        weights = weight_digests(model)
-        spectra = read_spectra(model, weights, cache)
-        plan = Welore("welore", "minmax", dense).plan(spectra, budget or Budget(err=0.3))
-        factorize(model, plan, weights, cache)
+        coordinates = Coordinates(Plain("plain", "none"), weight_digests(model), cache)
+        spectra = read_spectra(model, coordinates)
+        plan = Welore("welore", "minmax", dense, "plain").plan(spectra, budget or Budget(err=0.3))
+        factorize(model, plan, coordinates)
         return plan
 
     return compress

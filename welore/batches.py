@@ -16,7 +16,7 @@ from torch import Tensor
 from welore.cache import Cache, digest
 from welore.errors import Refused
 from welore.loss import IGNORED
-from welore.tasks import Task, Training
+from welore.tasks import Calibration, Task, Training
 
 ENCODED_TOGETHER = 256  # documents in one cache entry
 
@@ -57,6 +57,20 @@ def evaluation_windows(task: Task, tokenizer: Any, cache: Cache, split: str = "t
         )
     ids_BL = ids_T[: whole * room].view(whole, room)[: protocol.windows]
     return torch.cat([torch.tensor(first).expand(len(ids_BL), -1), ids_BL], dim=1).long() if first else ids_BL
+
+
+def calibration_windows(calibration: Calibration, tokenizer: Any, cache: Cache) -> Tensor:
+    """The windows that statistics are gathered on, ids_BL: documents after each other, cut into whole windows."""
+    wanted, length = calibration.tokens // calibration.window, calibration.window
+    texts = calibration.documents(calibration.split, calibration.seed)
+    rows = list(islice(_packed(texts, tokenizer, cache, length), wanted))
+    if len(rows) < wanted:
+        raise Refused(
+            f"calibration={calibration.name} has {len(rows)} windows of {length} tokens in its split "
+            f"{calibration.split}, and calibration.tokens={calibration.tokens} asks for {wanted}. Write "
+            f"calibration.tokens={max(1, len(rows)) * length} or less, or calibration.split=train for more text."
+        )
+    return torch.tensor(rows)
 
 
 @dataclass(frozen=True)
@@ -100,18 +114,26 @@ def training_rows(
 
 
 def _sequences(texts: Iterator[str], tokenizer: Any, cache: Cache, training: Training) -> Iterator[list[int]]:
-    """Packed: documents after each other, divided by the end-of-sequence token. Not packed: one document each."""
+    """Packed, or one document each, cut to the length."""
+    if training.pack:
+        yield from _packed(texts, tokenizer, cache, training.length)
+        return
+    while group := list(islice(texts, ENCODED_TOGETHER)):
+        for ids in _ids(group, tokenizer, cache, special=True):
+            if len(ids) > 1:
+                yield ids[: training.length]
+
+
+def _packed(texts: Iterator[str], tokenizer: Any, cache: Cache, length: int) -> Iterator[list[int]]:
+    """Whole sequences of documents after each other, divided by the end-of-sequence token."""
     divider = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     carry: list[int] = []
     while group := list(islice(texts, ENCODED_TOGETHER)):
-        for ids in _ids(group, tokenizer, cache, special=not training.pack):
-            if training.pack:
-                carry += ids + divider
-                while len(carry) >= training.length:
-                    yield carry[: training.length]
-                    carry = carry[training.length :]
-            elif len(ids) > 1:
-                yield ids[: training.length]
+        for ids in _ids(group, tokenizer, cache, special=False):
+            carry += ids + divider
+            while len(carry) >= length:
+                yield carry[:length]
+                carry = carry[length:]
 
 
 class Batches:

@@ -12,12 +12,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from welore import loggers, models, modes, ranks, svd, tasks, trainer
+from welore import allocate, loggers, models, modes, prune, ranks, rules, svd, tasks, trainer
 from welore.cache import digest
 from welore.errors import Refused
+from welore.moments import Needs
 
 CONF = Path(__file__).parent.parent / "conf"
 
+BUDGETS = ("err", "keep", "bytes", "flops")
 # Nothing in these may change a result, so they are no part of the fingerprint.
 INFRASTRUCTURE = ("trainer", "logger", "group", "force", "save", "outputs")
 
@@ -25,17 +27,33 @@ SCHEMAS = {
     "model/pretrained": models.Pretrained,
     "model/random": models.Random,
     "svd/plain": svd.Plain,
+    "svd/fwsvd": svd.Fwsvd,
+    "svd/asvd": svd.Asvd,
+    "svd/whitened": svd.Whitened,
+    "svd/kfac": svd.Kfac,
     "ranks/welore": ranks.Welore,
     "ranks/uniform": ranks.Uniform,
     "ranks/given": ranks.Given,
+    "ranks/owl": rules.Owl,
+    "ranks/stable_rank": rules.StableRank,
+    "ranks/effective_rank": rules.EffectiveRank,
+    "ranks/relative_energy": rules.RelativeEnergy,
+    "ranks/sensitivity": rules.Sensitivity,
+    "ranks/lagrange": allocate.Lagrange,
+    "prune/none": prune.Prune,
+    "prune/magnitude": prune.Magnitude,
+    "prune/wanda": prune.Wanda,
+    "prune/sparsegpt": prune.SparseGpt,
     "mode/none": modes.Untrained,
     "mode/lrc": modes.Lrc,
     "mode/nlrc": modes.NLrc,
     "mode/full": modes.Full,
     "mode/lora": modes.Lora,
     "mode/galore": modes.GaLore,
-    "task/package": tasks.Package,
-    "task/hub": tasks.Hub,
+    "task/package": tasks.PackageTask,
+    "task/hub": tasks.HubTask,
+    "calibration/package": tasks.PackageCalibration,
+    "calibration/hub": tasks.HubCalibration,
     "task/protocol": tasks.Protocol,
     "task/training": tasks.Training,
     "trainer": trainer.Trainer,
@@ -46,17 +64,22 @@ SCHEMAS = {
 
 @dataclass
 class Config:
-    """One run. Exactly one of `err` (share of ranks to remove) and `keep` (share of parameters to keep) is given."""
+    """One run. Exactly one budget is given: `err` (share of ranks to remove), or a share to keep, of the
+    parameters of the compressible weights (`keep`), or of all `bytes` or `flops` of the model."""
 
     model: models.Model
     svd: svd.Svd
     ranks: ranks.Ranks
+    prune: prune.Prune
     mode: modes.Mode
     task: tasks.Task
+    calibration: tasks.Calibration
     trainer: trainer.Trainer
     logger: loggers.Logger
     err: float | None
     keep: float | None
+    bytes: float | None
+    flops: float | None
     seed: int
     group: str | None
     force: bool
@@ -65,27 +88,36 @@ class Config:
 
     def __post_init__(self):
         if isinstance(self.ranks, ranks.Given):
-            self.err = self.keep = None  # the file is the budget
+            self.err = self.keep = self.bytes = self.flops = None  # the file is the budget
             return
-        if (self.err is None) == (self.keep is None):
+        given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
+        if len(given) != 1:
             raise Refused(
-                f"err={self.err} and keep={self.keep}: give exactly one of them, such as err=0.3 or keep=0.8."
+                f"the budget is {given or 'not given'}: give exactly one of {', '.join(BUDGETS)}, such as err=0.3 or "
+                f"keep=0.8."
             )
         if self.err is not None and not 0 <= self.err < 1:
             hint = f" For {self.err:g} % write err={self.err / 100:g}." if 1 < self.err < 100 else ""
             raise Refused(f"err={self.err} is not a fraction in [0, 1).{hint or ' For 30 % write err=0.3.'}")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise Refused(
-                f"keep={self.keep} is not a fraction in (0, 1]. To keep 80 % of the parameters write keep=0.8."
-            )
+        for key in ("keep", "bytes", "flops"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value <= 1:
+                raise Refused(f"{key}={value} is not a fraction in (0, 1]. To keep 80 % write {key}=0.8.")
 
     @property
     def budget(self) -> ranks.Budget:
-        return ranks.Budget(self.err, self.keep)
+        return ranks.Budget(self.err, self.keep, self.bytes, self.flops)
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics that this run takes of the model before it compresses it."""
+        predict = Needs.GRADIENTS if self.calibration.predict else Needs.NOTHING
+        refit = Needs.INPUTS if self.svd.sequential != "none" else Needs.NOTHING
+        return max(self.svd.needs, self.ranks.needs, self.prune.needs, predict, refit)
 
     @property
     def asked(self) -> str:
-        return "given" if self.err is None and self.keep is None else str(self.budget)
+        return "given" if isinstance(self.ranks, ranks.Given) else str(self.budget)
 
 
 def to_config(cfg: DictConfig) -> Config:
@@ -101,11 +133,16 @@ def science(config: Config) -> dict[str, Any]:
     """What a result depends on: the config without its infrastructure, and the content behind its paths.
 
     Local texts count by content, wherever they lie. A run that trains nothing does not depend on how it would have
-    trained, nor on the seed.
+    trained, nor on the seed; one that needs no statistics not on the texts that they would have come from.
     """
     chosen = {key: value for key, value in asdict(config).items() if key not in INFRASTRUCTURE}
     chosen["identity"] = {"model": config.model.identity(), "task": config.task.identity()}
     del chosen["task"]["path"]
+    if config.needs:
+        del chosen["calibration"]["path"]
+        chosen["identity"]["calibration"] = config.calibration.identity()
+    else:
+        del chosen["calibration"]
     if not config.mode.trains:
         del chosen["task"]["training"], chosen["seed"]
     if isinstance(config.ranks, ranks.Given):
@@ -128,11 +165,18 @@ def register() -> None:
     resolvers = {
         "fingerprint": lambda *, _root_: _unless_refused(_root_, fingerprint),
         "asked": lambda *, _root_: _unless_refused(_root_, lambda config: config.asked),
-        "unless": lambda other, value: value if other is None else None,
+        "unless": _unless,
+        "task_path": lambda name, *, _root_: _root_.task.path if _root_.task.name == name else None,
         "times": lambda value, factor: value * factor,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)
+
+
+def _unless(*others_and_value: Any) -> Any:
+    """The last argument, or None where one of those before it is given."""
+    *others, value = others_and_value
+    return value if all(other is None for other in others) else None
 
 
 def _unless_refused(cfg: DictConfig, name: Callable[[Config], str]) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from welore.optim import Float32Masters
-from welore.svd import basis
+from welore.svd import short_vectors
 
 
 def project(G_MN: Tensor, P_KR: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class _GaLoreAdamW(torch.optim.Optimizer):
         if projected and step % group["gap"] == 0:
             # The singular vectors of the shorter side: of the columns of a square gradient, as in the reference code.
             wide = gradient.T if gradient.shape[0] >= gradient.shape[1] else gradient
-            state["projection"] = basis(wide).vectors_KK[:, : group["rank"]].contiguous()
+            state["projection"] = short_vectors(wide)[:, : group["rank"]].contiguous()
         low = project(gradient, state["projection"]) if projected else gradient
         if step == 0:
             state["mean"], state["square"] = torch.zeros_like(low), torch.zeros_like(low)

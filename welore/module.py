@@ -13,6 +13,7 @@ from welore.errors import Refused
 from welore.evaluate import causal_loss, first_not_finite
 from welore.measure import Throughput, peak_memory
 from welore.modes import Mode
+from welore.sparse import KeptZeros
 from welore.tasks import Training
 
 
@@ -23,11 +24,18 @@ class Tuner(LightningModule):
     """
 
     def __init__(
-        self, model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], training: Training, steps: int
+        self,
+        model: PreTrainedModel,
+        mode: Mode,
+        parameters: list[nn.Parameter],
+        training: Training,
+        steps: int,
+        zeros: KeptZeros | None = None,
     ):
         super().__init__()
         self.model, self.mode, self.parameters_to_train = model, mode, parameters
         self.training_config, self.steps = training, steps
+        self.zeros = zeros  # of pruned weights, which no step may fill
         self.loss = causal_loss(model)
         self.strict_loading = False
         self.tokens_seen = 0
@@ -84,6 +92,8 @@ class Tuner(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.mode.optimizer(self.parameters_to_train)
+        if self.zeros is not None:
+            optimizer.register_step_post_hook(self.zeros)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: self.training_config.lr_factor(step, self.steps)
         )

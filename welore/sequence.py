@@ -1,0 +1,118 @@
+"""Factors fitted layer by layer, on the inputs that the compressed layers before give them.
+
+Let x be the input of a weight in the dense model and x~ the one in the compressed model. `update` keeps B and solves
+for the A whose outputs are closest to W x~ (SVD-LLM). `anchored` decomposes W E[x x~^T] E[x~ x~^T]^-1, the weight that
+makes the best of x~ towards the dense outputs W x, with the metric E[x~ x~^T] on its inputs (AA-SVD).
+
+Shape suffixes: M = out_features, N = in_features, R = rank, T = tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace as changed
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from welore.calibrate import Stream
+from welore.compress import Coordinates, bias_of, dense_weight
+from welore.lowrank import LowRankLinear, replace
+from welore.models import components
+from welore.moments import damped
+from welore.ranks import Plan
+from welore.svd import decompose
+
+
+class Pairs:
+    """E[x~ x~^T] and E[x x~^T] of the weights of one layer, of which the dense inputs are seen first."""
+
+    def __init__(self, weights: dict[str, nn.Module]):
+        self.weights = weights
+        self.dense: dict[str, Tensor] = {}
+        self.own: dict[str, Tensor] = {}
+        self.cross: dict[str, Tensor] = {}
+        self.tokens = dict.fromkeys(weights, 0)
+
+    @contextmanager
+    def seeing(self, compressed: bool) -> Iterator[None]:
+        see = self._pair if compressed else self._keep
+        handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+            for name, module in self.weights.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, name: str, x: Tensor) -> None:
+        self.dense[name] = x.reshape(-1, x.shape[-1]).float()
+
+    def _pair(self, name: str, x: Tensor) -> None:
+        x_TN, dense_TN = x.reshape(-1, x.shape[-1]).float(), self.dense.pop(name)
+        self.tokens[name] += len(x_TN)
+        for sums, left_TN in ((self.own, x_TN), (self.cross, dense_TN)):
+            sums[name] = sums.get(name, 0) + left_TN.T @ x_TN
+
+    def means(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.own[name] / self.tokens[name], self.cross[name] / self.tokens[name]
+
+
+@torch.no_grad()
+def factorize_in_sequence(
+    model: PreTrainedModel, plan: Plan, coordinates: Coordinates, windows_BL: Tensor, dtype: str | None
+) -> None:
+    """Put two factors in the place of every weight that the plan cuts, each fitted as `svd.sequential` says.
+
+    The dense and the compressed hidden states go through each layer side by side while it is still dense; then the
+    compressed ones go through it again, cut. The factors depend on the whole plan and are not cached.
+    """
+    stream = Stream(model, windows_BL, dtype)
+    dense = stream.first()
+    own = list(dense)
+    for number, prefix in enumerate(tqdm(stream.layers, desc="in sequence", unit="layer", leave=False)):
+        cut = {name: rank for name, rank in plan.factored.items() if name.startswith(f"{prefix}.")}
+        pairs = Pairs({name: components(model)[name] for name in cut})
+        for batch, (dense_BLD, own_BLD) in enumerate(zip(dense, own, strict=True)):
+            with pairs.seeing(compressed=False):
+                dense[batch] = stream.through(number, dense_BLD).cpu()
+            with pairs.seeing(compressed=True):
+                stream.through(number, own_BLD)
+        for name, rank in cut.items():
+            module = model.get_submodule(name)
+            A_MR, B_RN = _fitted(name, module, rank, coordinates, *pairs.means(name))
+            replace(model, name, LowRankLinear.of(A_MR, B_RN, bias_of(module)))
+        own = [stream.through(number, own_BLD).cpu() for own_BLD in own]
+
+
+def _fitted(
+    name: str, module: nn.Module, rank: int, coordinates: Coordinates, own_NN: Tensor, cross_NN: Tensor
+) -> tuple[Tensor, Tensor]:
+    moments = coordinates.statistics.of(name, own_NN.device)
+    if coordinates.svd.sequential == "update":
+        A_MR, B_RN = coordinates.factors(name, module, rank)
+        return updated(dense_weight(module), B_RN, damped(own_NN, moments.damping)), B_RN
+    target_MN = anchored(dense_weight(module), own_NN, cross_NN, moments.damping)
+    metrics = coordinates.svd.metrics(changed(moments, inputs_NN=own_NN))
+    found = decompose(target_MN, *metrics)
+    if found.safer is not None:
+        coordinates.notes[name] = found.safer
+    dtype = dense_weight(module).dtype
+    return found.A_KM[:rank].T.to(dtype).contiguous(), found.B_KN[:rank].to(dtype).clone()
+
+
+def updated(W_MN: Tensor, B_RN: Tensor, inputs_NN: Tensor) -> Tensor:
+    """A = W C B^T (B C B^T)^-1: the least squares fit of A B x to W x, where C = E[x x^T] (SVD-LLM's update)."""
+    C, B = inputs_NN.double(), B_RN.double()
+    A_MR = W_MN.double() @ C @ B.T @ torch.linalg.pinv(B @ C @ B.T, hermitian=True)
+    return A_MR.to(W_MN.dtype).contiguous()
+
+
+def anchored(W_MN: Tensor, own_NN: Tensor, cross_NN: Tensor, damping: float) -> Tensor:
+    """W E[x x~^T] E[x~ x~^T]^-1 in float64, both damped alike, so that equal streams leave W as it is."""
+    own, cross = own_NN.double(), cross_NN.double()
+    ridge = damping / (1 - damping) * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
+    return torch.linalg.solve(own + ridge, (W_MN.double() @ (cross + ridge)).T).T
