@@ -157,6 +157,11 @@ class Sensitivity(Ranks):
 
     shares: list[float]
 
+    @property
+    def needs(self) -> Needs:
+        """The losses are on calibration text, which is read where statistics are wanted."""
+        return Needs.INPUTS
+
     def __post_init__(self):
         if not self.shares or not all(0 < share < 1 for share in self.shares):
             raise Refused(f"ranks.shares={self.shares} are not shares between 0 and 1. Write such as [0.4, 0.6, 0.8].")

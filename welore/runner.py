@@ -19,33 +19,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from welore import checkpoint, metrics
-from welore.batches import Batches, calibration_windows, evaluation_windows, training_rows
+from welore.batches import Batches, evaluation_windows, training_rows
 from welore.cache import Cache, digest
-from welore.calibrate import Statistics, gather
-from welore.compress import (
-    Coordinates,
-    evidence,
-    factorize,
-    plan_ranks,
-    predict,
-    read_spectra,
-    resolve,
-    save_spectra,
-    weight_digests,
-)
+from welore.compress import weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Interrupted, Refused
 from welore.evaluate import Score, frozen_weights_in, perplexity
 from welore.measure import GIB, Throughput, peak_memory
 from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.modes import norm_parameters, select
-from welore.moments import Needs
 from welore.optim import state_bytes
-from welore.prune import count_zeros, prune_model
+from welore.prune import count_zeros
 from welore.ranks import Plan
 from welore.records import Record, bring_back, discard_aside, set_aside
 from welore.report import announce
-from welore.sequence import factorize_in_sequence
+from welore.rounds import compress, sparsity
 from welore.sparse import KeptZeros
 from welore.trainer import discard_checkpoints
 
@@ -108,7 +96,10 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     found |= {metrics.DENSE_PARAMETERS.key: count_parameters(model), metrics.DENSE_BYTES.key: count_bytes(model)}
     found |= _dense(model, weights, windows_BL, config, device, cache)
 
-    model, plan = compress(model, tokenizer, weights, config, folder, cache, record)
+    started = time.perf_counter()
+    with peak_memory(device) as peak:
+        plan = compress(model, tokenizer, weights, config, folder, cache, record)
+        found |= {metrics.COMPRESS_PEAK_GIB.key: peak.gib, metrics.COMPRESS_SECONDS.key: time.perf_counter() - started}
     found |= _compression(model, plan)
     found |= _evaluate(model, windows_BL, config, "compressed")
     found[metrics.NATS.key] = _damage(found)
@@ -123,66 +114,6 @@ def _story(config: Config, folder: Path, record: Record) -> None:
             logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
     if config.save:
         checkpoint.save(model, tokenizer, folder / MODEL)
-
-
-def compress(
-    model, tokenizer, weights: dict[str, str], config: Config, folder: Path, cache: Cache, record: Record
-) -> tuple[PreTrainedModel, Plan]:
-    """Steps 4 to 7: statistics, spectra, ranks, factors and zeros, in as many rounds as the calibration has.
-
-    Each round but the first takes its statistics from the model that the round before has compressed, and cuts the
-    dense weights anew: then the metric knows of the damage that the other weights take.
-    """
-    windows_BL = calibration_windows(config.calibration, tokenizer, cache) if config.needs else None
-    statistics = None
-    for number in range(config.calibration.rounds if config.needs else 1):
-        if config.needs:
-            statistics = _statistics(
-                model, weights if number == 0 else weight_digests(model), windows_BL, config, cache
-            )
-        if number > 0:
-            device = next(model.parameters()).device
-            del model  # before the dense one is there again
-            model = config.model.load(cache.folder)[0].to(device)
-        coordinates = Coordinates(config.svd, weights, cache, statistics)
-        plan = _plan(model, coordinates, windows_BL, config, folder)
-        nats = predict(model, plan, coordinates)
-        lrc = f"{len(plan.factored)} of {len(plan.ranks)} LRC"
-        damage = "" if nats is None else f", predicted damage {nats:.4f} nats"
-        announce(f"asked {config.asked}: err {plan.err:.4f}, keep {plan.keep:.4f}, {lrc}{damage}")
-        if config.svd.sequential == "none":
-            factorize(model, plan, coordinates)
-        else:
-            factorize_in_sequence(model, plan, coordinates, windows_BL, config.model.autocast)
-    if config.prune.prunes:
-        pruned = prune_model(config.prune, components(model), lambda name: statistics.of(name, model.device))
-        record.metrics |= _sparsity(pruned, "compress")
-        coordinates.notes["prune"] = pruned["notes"]
-    record.metrics[metrics.PREDICTED_NATS.key] = nats
-    record.environment["safer"] = {name: note for name, note in coordinates.notes.items() if note}
-    for name, note in record.environment["safer"].items():
-        announce(f"{name}: {note}")
-    return model, plan
-
-
-def _statistics(model, digests: dict[str, str], windows_BL: Tensor, config: Config, cache: Cache) -> Statistics:
-    announce(f"calibrate on {windows_BL.numel()} tokens of {config.calibration.name}, {config.needs.name.lower()}")
-    start = time.perf_counter()
-    found = gather(model, digests, windows_BL, config.needs, config.calibration, config.model.autocast, cache)
-    announce(f"statistics in {time.perf_counter() - start:.0f} s")
-    return found
-
-
-def _plan(model, coordinates: Coordinates, windows_BL: Tensor | None, config: Config, folder: Path) -> Plan:
-    """The plan of a round; the spectra that it was made from are left in the run folder, and its ranks."""
-    chosen = coordinates.plain if config.ranks.coordinates == "plain" else coordinates
-    spectra = read_spectra(model, chosen, config.ranks.needs >= Needs.GRADIENTS)
-    save_spectra(spectra, folder / "spectra.safetensors")
-    asked = evidence(model, coordinates, windows_BL, config.model.autocast)
-    plan = plan_ranks(config.ranks, resolve(config.budget, model), model, spectra, asked)
-    _refuse_empty(plan, config)
-    (folder / "ranks.json").write_text(json.dumps(plan.ranks, indent=2))
-    return plan
 
 
 def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: list) -> dict[str, Any]:
@@ -215,9 +146,9 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     model.to(device).eval().requires_grad_(False)
     config.mode.finish(model)
     zeros.apply()  # adapters that were merged into a pruned weight had filled them
-    sparsity = _sparsity(count_zeros(config.prune, components(model)), "tuned") if config.prune.prunes else {}
+    zeroed = sparsity(count_zeros(config.prune, components(model)), "tuned") if config.prune.prunes else {}
     return (
-        sparsity
+        zeroed
         | throughput.metrics()
         | {
             metrics.FIT_PEAK_GIB.key: gib,
@@ -290,19 +221,6 @@ def _damage(found: dict[str, Any]) -> float | None:
     """What compression has cost in nats per token: the logarithm of the ratio of perplexities."""
     dense, compressed = (found[m.key] for m in (metrics.DENSE_PERPLEXITY, metrics.COMPRESSED_PERPLEXITY))
     return math.log(compressed / dense) if 0 < dense < math.inf and 0 < compressed < math.inf else None
-
-
-def _sparsity(counts: dict[str, Any], stage: str) -> dict[str, Any]:
-    return {f"{stage}/{key}": counts[key] for key in ("sparsity", "n_lrc_sparsity", "zeros")}
-
-
-def _refuse_empty(plan: Plan, config: Config) -> None:
-    shares = (1 - (config.err or 0), config.keep, config.bytes, config.flops)
-    if not plan.factored and min(share for share in shares if share is not None) < 1:
-        raise Refused(
-            f"{config.asked} with ranks={config.ranks.name} and ranks.dense={config.ranks.dense} leaves every weight "
-            f"dense. Ask for a smaller model, or write ranks.dense=never."
-        )
 
 
 def _check_positions(model: PreTrainedModel, config: Config) -> None:
