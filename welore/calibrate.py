@@ -7,6 +7,7 @@ Shape suffixes: B = windows, L = tokens of one, T = B L tokens, D = hidden size,
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from welore.models import components, decoder_layers
 from welore.moments import Moments, Needs, check_finite
 from welore.tasks import Calibration
 
+FORMAT = "2"  # raised when more is kept, or otherwise: older statistics are then gathered again
 INDEX = "index.json"  # written last: a folder without it is not whole
 LEVELS = {
     "inputs_NN": Needs.INPUTS,
@@ -83,7 +85,7 @@ def gather(
     """
     sampled = f"sampled {calibration.seed}" if calibration.labels == "sampled" else "text"
     pairs = (part for item in weights.items() for part in item)
-    key = digest(*pairs, windows_BL.numpy().tobytes(), str(tuple(windows_BL.shape)), f"{dtype} {sampled}")
+    key = digest(FORMAT, *pairs, windows_BL.numpy().tobytes(), str(tuple(windows_BL.shape)), f"{dtype} {sampled}")
     root = cache.folder / "statistics"
     levels = [root / f"{key}-{level.name.lower()}" for level in Needs if level >= needs]
     folder = next((folder for folder in levels if (folder / INDEX).exists()), levels[0])
@@ -211,8 +213,8 @@ class Sums:
 
     def __init__(self, weights: dict[str, nn.Module], needs: Needs, batch: torch.Size):
         self.weights, self.needs, self.batch = weights, needs, batch
-        self.tensors: dict[str, dict[str, Tensor]] = {name: {} for name in weights}
-        self.tokens = dict.fromkeys(weights, 0)
+        self.tensors = defaultdict(dict, {name: {} for name in weights})
+        self.tokens = defaultdict(int, dict.fromkeys(weights, 0))
         self.windows = dict.fromkeys(weights, 0)
         self.shared: dict[str, str] = {}  # a weight to the first that has the same input
         self._last: tuple[Tensor, str] | None = None
@@ -271,12 +273,19 @@ class Sums:
         held = self.tensors[name].get(what)
         self.tensors[name][what] = value if held is None else held.add_(value)
 
+    def add_output(self, layer: str, gradients: list[Tensor]) -> None:
+        """E[gg^T] of what the whole layer puts out, kept under the name of the layer."""
+        for g_BLD in gradients:
+            g_TD = g_BLD.flatten(0, 1).float()
+            self._add(layer, "gradients_MM", g_TD.T @ g_TD)
+            self.tokens[layer] += len(g_TD)
+
     def means(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
         """Tensors by key, and for every weight its tokens and which tensors are its own."""
         tensors, index = {}, {}
-        for name, module in self.weights.items():
+        for name in self.tensors:
             if self.tokens[name] == 0:  # an expert that no token was sent to
-                self.tensors[name] = _nothing(module, self.needs)
+                self.tensors[name] = _nothing(self.weights[name], self.needs)
             owner = self.shared.get(name, name)
             own = {f: owner for f in self.tensors[owner] if f in ("inputs_NN", "absolute_N")}
             own |= {f: name for f in self.tensors[name] if f not in own}
@@ -361,6 +370,7 @@ def _backward(
     index = {}
     for number, prefix in reversed(list(enumerate(stream.layers))):
         sums = Sums(_of_layer(weights, prefix), needs, stream.batches[0].shape)
+        sums.add_output(prefix, gradients)
         with sums.collecting():
             gradients = [
                 _layer_gradient(stream, number, hidden_BLD, gradient_BLD)
@@ -369,7 +379,7 @@ def _backward(
         index |= _save(sums, folder, number)
         progress.update()
     progress.close()
-    return {name: index[name] for name in weights}
+    return index
 
 
 def _layer_gradient(stream: Stream, number: int, hidden_BLD: Tensor, gradient_BLD: Tensor) -> Tensor:

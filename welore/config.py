@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from welore import allocate, loggers, models, modes, prune, ranks, rules, svd, tasks, trainer
+from welore import allocate, loggers, models, modes, prune, ranks, refine, rules, svd, tasks, trainer
 from welore.cache import digest
 from welore.errors import Refused
 from welore.moments import Needs
@@ -40,6 +40,8 @@ SCHEMAS = {
     "ranks/relative_energy": rules.RelativeEnergy,
     "ranks/sensitivity": rules.Sensitivity,
     "ranks/lagrange": allocate.Lagrange,
+    "refine/none": refine.Refine,
+    "refine/block": refine.Blockwise,
     "prune/none": prune.Prune,
     "prune/magnitude": prune.Magnitude,
     "prune/wanda": prune.Wanda,
@@ -70,6 +72,7 @@ class Config:
     model: models.Model
     svd: svd.Svd
     ranks: ranks.Ranks
+    refine: refine.Refine
     prune: prune.Prune
     mode: modes.Mode
     task: tasks.Task
@@ -113,7 +116,7 @@ class Config:
         """The statistics that this run takes of the model before it compresses it."""
         predict = Needs.GRADIENTS if self.calibration.predict else Needs.NOTHING
         refit = Needs.INPUTS if self.svd.sequential != "none" else Needs.NOTHING
-        return max(self.svd.needs, self.ranks.needs, self.prune.needs, predict, refit)
+        return max(self.svd.needs, self.ranks.needs, self.refine.needs, self.prune.needs, predict, refit)
 
     @property
     def asked(self) -> str:

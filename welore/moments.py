@@ -32,12 +32,14 @@ class Needs(IntEnum):
 class Moments:
     """The statistics of one weight over `tokens` tokens. What its level does not hold is None.
 
+    Those of a whole decoder layer are the gradients of its output alone.
+
     The two metrics are damped, by shares of their mean diagonal; the statistics themselves are not.
     """
 
     tokens: int
-    inputs_NN: Tensor  # E[x x^T]
-    absolute_N: Tensor  # E|x|
+    inputs_NN: Tensor | None = None  # E[x x^T]
+    absolute_N: Tensor | None = None  # E|x|
     gradients_MM: Tensor | None = None  # E[g g^T]
     fisher_N: Tensor | None = None  # mean over windows and rows of the squared gradient of W
     gradient_MN: Tensor | None = None  # E[g x^T]

@@ -1,4 +1,4 @@
-"""Figures from what a run left: spectra and ranks by component and decoder layer.
+"""Figures from what runs left: spectra and ranks by component and decoder layer, and numbers against a budget.
 
 matplotlib is imported by the first figure and not before, so that a table does not wait for it. Figures are made
 without pyplot: nothing is global and no window opens.
@@ -91,6 +91,56 @@ def rank_ratio_figure(ratios: dict[str, float | None], title: str) -> "Figure":
     ]
     figure.legend(handles=key, loc="outside lower center", ncols=len(key), frameon=False)
     return figure
+
+
+Points = list[tuple[float, float]]
+
+
+def lines_figure(panels: dict[str, dict[str, Points]], title: str, below: str, left: str, scale: str) -> "Figure":
+    """One panel a setting and one line a method, on one scale: `log`, or `symlog` for changes of either sign.
+
+    Such as perplexity against keep. A point that is not finite interrupts its line.
+    """
+    figure, axes = _grid(len(panels), title)
+    options = {"linthresh": 1.0} if scale == "symlog" else {}
+    for axis, (panel, lines) in zip(axes, panels.items(), strict=True):
+        for position, (label, points) in enumerate(lines.items()):
+            axis.plot(*zip(*points, strict=True), label=label, markersize=4, linewidth=1.2, **_style(position))
+        axis.set_yscale(scale, **options)
+        axis.set(title=panel)
+    _finish(figure, axes, below, left)
+    return figure
+
+
+def diagonal_figure(panels: dict[str, dict[str, Points]], title: str, below: str, left: str) -> "Figure":
+    """What was predicted against what came, both on a log scale, with the diagonal on which they agree.
+
+    A point that is not positive has no place on such a scale.
+    """
+    figure, axes = _grid(len(panels), title)
+    for axis, (panel, clouds) in zip(axes, panels.items(), strict=True):
+        for position, (label, points) in enumerate(clouds.items()):
+            axis.plot(*zip(*points, strict=True), label=label, markersize=5, **_style(position) | {"linestyle": ""})
+        axis.set(title=panel, xscale="log", yscale="log")
+        axis.axline((1.0, 1.0), slope=1.0, color="black", linewidth=0.8, linestyle=":", label="predicted = measured")
+    _finish(figure, axes, below, left)
+    return figure
+
+
+def _style(position: int) -> dict[str, Any]:
+    """Told apart by color and marker, those beyond the ten colors by the line too."""
+    return {
+        "color": f"C{position % 10}",
+        "marker": "osD^vPX<>*"[position % 10],
+        "linestyle": "-" if position < 10 else "--",
+    }
+
+
+def _finish(figure: "Figure", axes: "Sequence[Axes]", below: str, left: str) -> None:
+    """Axes named, and one key for all panels."""
+    _label(axes, _columns(len(axes)), below, left)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
 
 
 def _columns(panels: int) -> int:

@@ -69,10 +69,13 @@ def compress(
         _announce(plan, config, nats)
         if number + 1 < rounds:
             keep_dense(model, plan, folder / DENSE)
-        if config.svd.sequential == "none":
+        if config.svd.sequential == "none" and not config.refine.refines:
             factorize(model, plan, coordinates)
         else:
-            factorize_in_sequence(model, plan, coordinates, windows_BL, config.model.autocast)
+            autocast, refine = config.model.autocast, config.refine
+            refined = factorize_in_sequence(model, plan, coordinates, windows_BL, autocast, refine)
+            before, after = (sum(nats) for nats in zip(*refined, strict=True)) if refined else (None, None)
+            record.metrics |= {metrics.REFINED_FROM.key: before, metrics.REFINED_TO.key: after}
     if config.prune.prunes:
         pruned = prune_model(config.prune, components(model), lambda name: statistics.of(name, model.device))
         record.metrics |= sparsity(pruned, "compress")

@@ -3,6 +3,7 @@
 Let x be the input of a weight in the dense model and x~ the one in the compressed model. `update` keeps B and solves
 for the A whose outputs are closest to W x~ (SVD-LLM). `anchored` decomposes W E[x x~^T] E[x~ x~^T]^-1, the weight that
 makes the best of x~ towards the dense outputs W x, with the metric E[x~ x~^T] on its inputs (AA-SVD).
+With a refinement, the factors of each layer are then trained towards what the dense layer puts out.
 
 Shape suffixes: M = out_features, N = in_features, R = rank, T = tokens.
 """
@@ -22,6 +23,7 @@ from welore.lowrank import LowRankLinear, replace
 from welore.models import components
 from welore.moments import damped
 from welore.ranks import Plan
+from welore.refine import Refine
 from welore.svd import decompose
 
 
@@ -63,17 +65,25 @@ class Pairs:
 
 @torch.no_grad()
 def factorize_in_sequence(
-    model: PreTrainedModel, plan: Plan, coordinates: Coordinates, windows_BL: Tensor, dtype: str | None
-) -> None:
+    model: PreTrainedModel,
+    plan: Plan,
+    coordinates: Coordinates,
+    windows_BL: Tensor,
+    dtype: str | None,
+    refine: Refine,
+) -> list[tuple[float, float]]:
     """Put two factors in the place of every weight that the plan cuts, each fitted as `svd.sequential` says.
 
     The dense and the compressed hidden states go through each layer side by side while it is still dense; then the
-    compressed ones go through it again, cut. The factors depend on the whole plan and are not cached.
+    compressed ones go through it again, cut. The factors depend on the whole plan and are not cached. Returns what the
+    refinement of each layer came from and to, in nats per token.
     """
+    refined = []
     stream = Stream(model, windows_BL, dtype)
     dense = stream.first()
     own = list(dense)
-    for number, prefix in enumerate(tqdm(stream.layers, desc="in sequence", unit="layer", leave=False)):
+    layers = tqdm(stream.layers, desc="in sequence", unit="layer", leave=False)
+    for number, prefix in enumerate(layers):
         cut = {name: rank for name, rank in plan.factored.items() if name.startswith(f"{prefix}.")}
         pairs = Pairs({name: components(model)[name] for name in cut})
         for batch, (dense_BLD, own_BLD) in enumerate(zip(dense, own, strict=True)):
@@ -85,12 +95,22 @@ def factorize_in_sequence(
             module = model.get_submodule(name)
             A_MR, B_RN = _fitted(name, module, rank, coordinates, *pairs.means(name))
             replace(model, name, LowRankLinear.of(A_MR, B_RN, bias_of(module)))
+        if refine.refines and cut:
+            factors = [
+                p for name in cut for p in (model.get_submodule(name).A.weight, model.get_submodule(name).B.weight)
+            ]
+            metric = coordinates.statistics.of(prefix, stream.device).gradient_metric().float()
+            refined.append(refine.fit(stream, number, own, dense, factors, metric))
+            layers.set_postfix_str("{:.4f} to {:.4f} nats".format(*refined[-1]))
         own = [stream.through(number, own_BLD).cpu() for own_BLD in own]
+    return refined
 
 
 def _fitted(
     name: str, module: nn.Module, rank: int, coordinates: Coordinates, own_NN: Tensor, cross_NN: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if coordinates.svd.sequential == "none":
+        return coordinates.factors(name, module, rank)
     moments = coordinates.statistics.of(name, own_NN.device)
     if coordinates.svd.sequential == "update":
         A_MR, B_RN = coordinates.factors(name, module, rank)
