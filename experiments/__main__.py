@@ -32,9 +32,9 @@ class Request:
 
 
 def names() -> list[str]:
-    """The modules here that are named after a table or a figure."""
+    """The modules here that are named after a table or a figure of the paper, and the comparison that it lacks."""
     found = [path.stem for path in Path(__file__).parent.glob("*.py")]
-    return sorted(name for name in found if re.fullmatch(r"(v\d_)?(table|figure)\d+", name))
+    return sorted(name for name in found if re.fullmatch(r"(v\d_)?(table|figure)\d+|equal_budget", name))
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -74,12 +74,11 @@ def listing(outputs: str) -> str:
     for name in names():
         artefact = load(name)
         caption, cost = about(artefact)
-        lines += [f"{name:10}{caption}", f"{'':10}{cost}"]
+        lines += [f"{name:13}{caption}", f"{'':13}{cost}"]
         for scale in SCALES:
             rows = find(artefact.cells(scale), outputs, artefact.NEEDS)
-            missing, planned = sum(row.missing for row in rows), sum(row.planned for row in rows)
-            ahead = f", {planned} whose option does not exist yet" if planned else ""
-            lines.append(f"{'':10}{scale:8}{len(rows) - missing - planned} done, {missing} missing{ahead}")
+            missing = sum(row.missing for row in rows)
+            lines.append(f"{'':13}{scale:8}{len(rows) - missing} done, {missing} missing")
     return "\n".join(lines)
 
 
@@ -109,8 +108,7 @@ def show(request: Request) -> int:
     print(page.markdown(caption, name))
     missing = [row for row in rows if row.missing]
     if missing:
-        asked = sum(not row.planned for row in rows)
-        print(f"\n{len(missing)} of {asked} cells are missing, so nothing is written. They are made by:")
+        print(f"\n{len(missing)} of {len(rows)} cells are missing, so nothing is written. They are made by:")
         print("\n".join(f"{row.command(request.name, request.outputs)}  # {row.why}" for row in missing))
         return 1
     print("\nwritten:", *write(page, caption, name, Path(request.outputs) / "artefacts"))

@@ -1,15 +1,18 @@
 """The cells of an artefact: the runs it is made of, which of them are on disk, and how the others are made."""
 
+import json
+import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 
 from welore import metrics
 from welore.config import CONF, INFRASTRUCTURE, compose, fingerprint, to_config
@@ -18,9 +21,6 @@ from welore.metrics import Metric
 from welore.records import Record, Sweep, records, sweeps
 
 Cell = dict[str, Any]  # Hydra overrides
-
-# Options that artefacts name ahead of their code. A table says so in their place; nothing can make these cells yet.
-PLANNED = ("ranks/owl",)
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,11 @@ class Row:
     folder: Path | None = None
     record: Record | None = None
     why: str | None = None
-    planned: bool = False  # its option does not exist yet, so it is no cell that a run could fill
     again: bool = False  # a record is there without the files that the artefact draws
 
     @property
     def missing(self) -> bool:
-        return self.record is None and not self.planned
+        return self.record is None
 
     @property
     def stage(self) -> str:
@@ -46,6 +45,12 @@ class Row:
     def breaks_at(self) -> str | None:
         """The layer where the loss stops being finite, in a model whose perplexity is NaN."""
         return self.record.metrics.get(f"{self.stage}/{metrics.BREAKS_AT}")
+
+    @property
+    def perplexity(self) -> float:
+        """Of the compressed or the tuned model, whichever the cell is about; NaN where it breaks."""
+        metric = metrics.COMPRESSED_PERPLEXITY if self.stage == "compressed" else metrics.TUNED_PERPLEXITY
+        return math.nan if self.breaks_at is not None else self.number(metric)
 
     def number(self, metric: Metric) -> float:
         return self.record.metrics[metric.key]
@@ -65,10 +70,29 @@ def default_outputs() -> str:
     return compose([]).outputs
 
 
+def fingerprint_of(cell: Cell) -> str:
+    """That of `python run.py` with these overrides.
+
+    Composing takes a fifth of a second and artefacts have hundreds of cells, so that the same groups are composed once
+    and the values of a cell are set in a copy, as Hydra sets them.
+    """
+    return _fingerprint_of(json.dumps(cell))
+
+
 @cache
-def fingerprint_of(*overrides: str) -> str:
-    """Composing takes a sixth of a second, and artefacts ask for the same cells."""
-    return fingerprint(to_config(compose(overrides)))
+def _fingerprint_of(written: str) -> str:
+    cell = json.loads(written)
+    groups = {key: value for key, value in cell.items() if (CONF / key.partition("@")[0]).is_dir()}
+    composed = deepcopy(_composed(*overrides_of(groups)))
+    for key, value in cell.items():
+        if key not in groups:
+            OmegaConf.update(composed, key, value)
+    return fingerprint(to_config(composed))
+
+
+@cache
+def _composed(*groups: str) -> DictConfig:
+    return compose(groups)
 
 
 def overrides_of(cell: Cell) -> list[str]:
@@ -86,12 +110,7 @@ def find(cells: Sequence[Cell], outputs: str, needs: Sequence[str] = ()) -> list
 
 
 def _row(cell: Cell, latest: dict[str, tuple[Path, Record]], needs: Sequence[str]) -> Row:
-    try:
-        name = fingerprint_of(*overrides_of(cell))
-    except MissingConfigException as error:
-        if error.missing_cfg_file not in PLANNED:
-            raise
-        return Row(cell, why=f"no {error.missing_cfg_file.replace('/', '=')} yet", planned=True)
+    name = fingerprint_of(cell)
     folder, record = latest.get(name, (None, None))
     if record is None:
         return Row(cell, why="never run")

@@ -32,7 +32,7 @@ def render(rows: Sequence[Row]) -> Page:
     body = [_line(component, shares) for component, shares in by_component(cut.above).items()]
     factored = {name: rank is not None for name, rank in cut.ranks.items()}
     figure = spectra_figure({n: s.tolist() for n, s in cut.spectra.items()}, factored, cut.threshold, cut.title)
-    return Page(header, body, [cut.title], [claim], {"": figure})
+    return Page(header, body, cut.notes, [claim], {"": figure})
 
 
 def _line(component: str, shares: dict[int, float]) -> list[str]:

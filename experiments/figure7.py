@@ -32,7 +32,7 @@ def render(rows: Sequence[Row]) -> Page:
     if cut is None:
         return Page(header, [], [], claims)
     body = [_line(component, ratios) for component, ratios in by_component(cut.ratios).items()]
-    return Page(header, body, [cut.title], claims, {"": rank_ratio_figure(cut.ratios, cut.title)})
+    return Page(header, body, cut.notes, claims, {"": rank_ratio_figure(cut.ratios, cut.title)})
 
 
 def _line(component: str, ratios: dict[int, float | None]) -> list[str]:

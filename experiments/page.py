@@ -15,7 +15,7 @@ Outcomes = dict[str, bool | None]
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper, checked on the paper's own numbers (None where it prints none) and on ours."""
+    """A statement, checked on the paper's own numbers (None where it prints none) and on ours."""
 
     text: str
     paper: Outcomes | None
@@ -50,10 +50,11 @@ class Page:
     notes: list[str]
     claims: list[Claim]
     figures: "dict[str, Figure]" = field(default_factory=dict)  # by a suffix of the file's name, "" for the only one
+    claimant: str = "claim of the paper"
 
     def markdown(self, caption: str, name: str) -> str:
         images = [f"![{caption}]({name}{suffix}.png)" for suffix in self.figures]
-        claims = markdown(["claim of the paper", "on the paper's numbers", "on ours"], [c.row() for c in self.claims])
+        claims = markdown([self.claimant, "on the paper's numbers", "on ours"], [c.row() for c in self.claims])
         table = [markdown(self.header, self.body)] if self.body else []
         return "\n\n".join([f"# {caption}", *images, *table, "\n".join(f"* {note}" for note in self.notes), claims])
 

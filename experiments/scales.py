@@ -8,17 +8,39 @@ from experiments.cells import Cell
 MODELS = {"laptop": ["smollm2_135m"], "paper": ["llama2_7b", "llama2_13b", "mistral_7b"]}
 
 
-def setting(scale: str) -> Cell:
-    """Text, protocol and training of a scale.
+def setting(scale: str, text: str = "c4") -> Cell:
+    """Text, protocol, training and amount of calibration of a scale.
 
-    At laptop scale the text is C4 where local files of it are there, and the packaged speeches where they are not: the
-    protocol line under each artefact says which. At paper scale it is the authors' protocol and 0.7M tokens (Table 4).
+    At laptop scale the text is read from local files where they are there, and is the packaged speeches where they are
+    not: the protocol line under each artefact says which. At paper scale it is the authors' protocol, 0.7M tokens of
+    training (Table 4) and 128 windows of calibration. The first 1,100 documents are those of C4: WikiText-2 is whole.
     """
     if scale == "paper":
-        return {"task": "c4", "task/protocol": "authors", "task/training": "matched"}
-    text = {"task": "c4", "task.path": str(local_c4())} if local_c4().is_dir() else {"task": "sotu"}
-    return text | {"task/protocol": "laptop", "task/training": "laptop"}
+        whole = {} if text == "c4" else {"task.protocol.documents": None}
+        amounts = {"task/protocol": "authors", "task/training": "matched", "amounts@calibration": "field"}
+        return {"task": text} | amounts | whole
+    there = {"task": text, "task.path": str(local(text))} if local(text).is_dir() else {"task": "sotu"}
+    return there | {"task/protocol": "laptop", "task/training": "laptop"}
 
 
-def local_c4() -> Path:
-    return Path(os.environ.get("WELORE_DATA", "../shared/data")) / "c4"
+def calibrated_on(scale: str, text: str) -> Cell:
+    """Calibration on a text whatever the task is.
+
+    The local WikiText-2 is calibrated on in its validation split, since it has no training split.
+    """
+    if scale == "paper":
+        return {"calibration": text}
+    if not local(text).is_dir():
+        return {"calibration": "sotu"}
+    split = "validation" if text == "wikitext2" else "calibration"
+    return {"calibration": text, "calibration.path": str(local(text)), "calibration.split": split}
+
+
+def texts(scale: str) -> list[str]:
+    """The texts that a scale can be measured on: C4 and WikiText-2, or the speeches where neither is there."""
+    known = ["c4", "wikitext2"]
+    return known if scale == "paper" else [text for text in known if local(text).is_dir()] or ["sotu"]
+
+
+def local(text: str) -> Path:
+    return Path(os.environ.get("WELORE_DATA", "../shared/data")) / text

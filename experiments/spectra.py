@@ -8,9 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from experiments.cells import Cell, Row
+from experiments.compare import dense, measured, perplexity
 from experiments.scales import setting
 from welore import metrics
 from welore.ranks import NORMALIZATIONS, read_ranks
+from welore.report import number
 
 FILES = ("spectra.safetensors", "ranks.json")
 MODELS = {"laptop": "smollm2_135m", "paper": "llama2_7b"}
@@ -24,6 +26,7 @@ class Cut:
     ranks: dict[str, int | None]
     threshold: float
     title: str
+    notes: list[str]
 
     @property
     def ratios(self) -> dict[str, float | None]:
@@ -49,7 +52,13 @@ def read_cut(row: Row) -> Cut:
         f"{config['model']['name']}: err asked {config['err']:g}, achieved {row.number(metrics.ERR):.3f}, "
         f"keep {row.number(metrics.KEEP):.3f}, k = {row.number(metrics.THRESHOLD):.3f}"
     )
-    return Cut({name: normalize(spectra[name]) for name in ranks}, ranks, row.number(metrics.THRESHOLD), title)
+    notes = [
+        title,
+        f"{number(row.number(metrics.PARAMETERS), 0)} parameters; perplexity dense {dense([row])}, "
+        f"compressed {perplexity(row)}",
+        *measured([row]),
+    ]
+    return Cut({name: normalize(spectra[name]) for name in ranks}, ranks, row.number(metrics.THRESHOLD), title, notes)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -8,11 +8,10 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from hydra.errors import MissingConfigException
 from safetensors.torch import save_file
 
 from experiments import cells as cells_module
-from experiments import figure3, figure7, table1
+from experiments import figure3, figure7, grid, table1
 from experiments.__main__ import SCALES, about, load, main, names, parse, write
 from experiments.cells import Row, check_infrastructure, find, fingerprint_of, launch, overrides_of
 from experiments.page import Claim, Page, verdict
@@ -32,22 +31,36 @@ def no_texts(tmp_path, monkeypatch):
     monkeypatch.setenv("WELORE_DATA", str(tmp_path / "no-texts"))
 
 
+FACTORS = {"plain": 1.0, "asvd": 0.5, "whitened": 0.3, "kfac": 0.2}
+RULES = {"uniform": 3.0, "owl": 2.0, "sensitivity": 1.5, "relative_energy": 1.2, "lagrange": 0.5}
+PRUNERS = {"none": 0.0, "magnitude": 3.0, "wanda": 1.0, "sparsegpt": 0.9}
+
+
 def metrics_of(cell, tuned):
-    """Perplexities as the paper claims them: WeLore below uniform, tuned below compressed, all rising with err."""
-    compressed = 10 + 100 * cell["err"] ** 2 * (3 if cell["ranks"] == "uniform" else 1)
+    """Perplexities as they are claimed: WeLore below uniform, guided below plain, tuned below compressed, rising with
+    err and with sparsity, the more the less is factored; predicted damage is 0.8 of the measured."""
+    removed = cell["err"] if "err" in cell else 1 - cell["keep"]
+    compressed = 10 + 100 * removed**2 * FACTORS[cell.get("svd", "plain")] * RULES.get(cell["ranks"], 1.0)
+    sparsity = cell.get("prune.sparsity", 0.0)
+    compressed += 2 * sparsity * (1 - removed) * PRUNERS[cell.get("prune", "none")]
+    nats = math.log(compressed / 10)
     found = {
         "dense/perplexity": 10.0,
         "compressed/perplexity": compressed,
-        "compress/err": cell["err"] + 0.001,
-        "compress/keep": 1.2 - cell["err"],
+        "compress/err": removed + 0.001,
+        "compress/keep": 1.2 - removed,
+        "compress/parameters": 123_456_789,
         "compress/threshold": 0.3,
+        "compress/nats": nats,
+        "compress/predicted_nats": 0.8 * nats if cell.get("calibration.predict") else None,
     }
-    return found | ({"tuned/perplexity": 9.0} if tuned else {})
+    zeros = {"compress/sparsity": sparsity / 2, "compress/n_lrc_sparsity": sparsity} if sparsity else {}
+    return found | zeros | ({"tuned/perplexity": 9.0} if tuned else {})
 
 
 def record_of(cell, name="0000000000", config=None):
-    config = config or {"model": {"name": cell["model"]}, "ranks": {"normalize": "minmax"}, "err": cell["err"]}
-    environment = {"protocol": "sotu test: all documents, windows of 512", "device": "a CPU"}
+    config = config or {"model": {"name": cell["model"]}, "ranks": {"normalize": "minmax"}, "err": cell.get("err")}
+    environment = {"protocol": f"{cell['task']} test: all documents, windows of 512", "device": "a CPU"}
     return Record(name, "done", config, metrics_of(cell, cell["mode"] != "none"), environment, started="2026-01-01")
 
 
@@ -65,18 +78,14 @@ def leave_spectra(folder):
 
 
 def whole(name, scale, folder):
-    """A row with a record for every cell that can have one."""
+    """A row with a record for every cell."""
     leave_spectra(folder)
-    rows = []
-    for cell in load(name).cells(scale):
-        planned = cell["ranks"] == "owl"
-        rows.append(Row(cell, why="no ranks=owl yet", planned=True) if planned else Row(cell, folder, record_of(cell)))
-    return rows
+    return [Row(cell, folder, record_of(cell)) for cell in load(name).cells(scale)]
 
 
 def fill(name, outputs, count=None):
     """Real run folders for the first `count` laptop cells of an artefact."""
-    done = [cell for cell in load(name).cells("laptop") if cell["ranks"] != "owl"][:count]
+    done = load(name).cells("laptop")[:count]
     for cell in done:
         config = to_config(compose(overrides_of(cell)))
         folder = outputs / fingerprint(config)
@@ -91,14 +100,19 @@ def broken(row):
     return replace(row, record=replace(row.record, metrics=row.record.metrics | stage))
 
 
+def changed(row, **found):
+    """The same row with other numbers."""
+    return replace(row, record=replace(row.record, metrics=row.record.metrics | found))
+
+
 def test_the_artefacts_of_the_paper_are_found():
-    assert {"table1", "figure3", "figure7"} <= set(names())
+    assert {"table1", "table3", "v1_table6", "figure3", "figure7", "figure8", "equal_budget"} <= set(names())
 
 
 @pytest.mark.parametrize("name", names())
 def test_an_artefact_says_what_it_is_and_what_it_costs(name):
     caption, cost = about(load(name))
-    assert caption.startswith(("Table", "Figure")) and caption.endswith(".")
+    assert caption.startswith(("Table", "Figure", "Equal budgets")) and caption.endswith(".")
     assert cost.startswith("Cost: ") and "laptop" in cost and "paper" in cost
 
 
@@ -108,7 +122,7 @@ def test_a_whole_artefact_is_written_as_markdown_latex_and_image(name, scale, tm
     page = load(name).render(whole(name, scale, tmp_path / "run"))
     paths = {path.suffix: path for path in write(page, "A caption.", f"{name}-{scale}", tmp_path)}
     markdown, latex = paths[".md"].read_text(), paths[".tex"].read_text()
-    assert "missing" not in markdown.split("claim of the paper")[0]
+    assert "missing" not in markdown and page.claims
     assert r"\toprule" in latex and latex.count(r"\begin{") == latex.count(r"\end{")
     assert bool(page.figures) == (".png" in paths) == (".png" in markdown) == (r"\includegraphics" in latex)
     assert not page.figures or paths[".png"].read_bytes().startswith(b"\x89PNG")
@@ -117,29 +131,29 @@ def test_a_whole_artefact_is_written_as_markdown_latex_and_image(name, scale, tm
 @pytest.mark.parametrize("name", names())
 def test_an_artefact_with_a_missing_cell_renders_and_leaves_its_claims_open(name, tmp_path):
     rows = whole(name, "laptop", tmp_path)
-    index = next(i for i, row in enumerate(rows) if row.record)
     complete = load(name).render(rows)
-    rows[index] = Row(rows[index].cell, why="never run")
+    rows[0] = Row(rows[0].cell, why="never run")
     page = load(name).render(rows)
     opened = [a for a, b in zip(page.claims, complete.claims, strict=True) if verdict(a.ours) != verdict(b.ours)]
     assert opened and all(verdict(claim.ours).startswith("cannot be said") for claim in opened)
     assert not page.figures
 
 
-@pytest.mark.parametrize("column", ["uniform", "WeLore", "WeLore tuned"])
+@pytest.mark.parametrize("column", list(table1.GRID.columns))
 def test_a_model_that_breaks_stands_as_nan_with_its_layer(column, tmp_path):
     rows = whole("table1", "laptop", tmp_path)
-    index = next(i for i, row in enumerate(rows) if table1.COLUMNS[column].items() <= row.cell.items())
+    index = next(i for i, row in enumerate(rows) if table1.GRID.columns[column].items() <= row.cell.items())
     rows[index] = broken(rows[index])
     line = dict(zip(table1.render(rows).header, table1.render(rows).body[0], strict=False))
-    assert line[column] == f"NaN ({BREAKS_AT}) (0.101, 1.100)"
+    assert line[column] == f"NaN ({BREAKS_AT}) (0.101, 1.100, 123.5M)"
 
 
-def test_a_cell_shows_perplexity_err_achieved_keep_and_the_papers_number(tmp_path):
+def test_a_cell_shows_perplexity_err_achieved_keep_parameters_and_the_papers_number(tmp_path):
     page = table1.render(whole("table1", "laptop", tmp_path))
     assert page.body[0] == [
-        *("smollm2_135m", "10.00", "7.03", "0.1", "13.00 (0.101, 1.100)", "10.58", "no ranks=owl yet", "12.11"),
-        *("11.00 (0.101, 1.100)", "7.13", "9.00 (0.101, 1.100)", "7.15"),
+        *("smollm2_135m", "10.00", "7.03", "0.1", "13.00 (0.101, 1.100, 123.5M)", "10.58"),
+        *("12.00 (0.101, 1.100, 123.5M)", "12.11", "11.00 (0.101, 1.100, 123.5M)", "7.13"),
+        *("9.00 (0.101, 1.100, 123.5M)", "7.15"),
     ]
     assert "protocol: smollm2_135m on sotu test: all documents, windows of 512" in page.notes
 
@@ -161,22 +175,20 @@ def test_the_papers_own_numbers_bear_out_its_claims_but_for_tuning_at_ten_percen
 
 def test_a_claim_fails_on_rows_that_contradict_it(tmp_path):
     rows = whole("table1", "laptop", tmp_path)
-    worse = replace(rows[2].record, metrics=rows[2].record.metrics | {"compressed/perplexity": 99.0})
-    rows[2] = replace(rows[2], record=worse)
+    rows[2] = changed(rows[2], **{"compressed/perplexity": 99.0})
     said = [verdict(claim.ours) for claim in table1.render(rows).claims]
-    assert said[0] == "does not hold: smollm2_135m 0.1"
-    assert said[1].startswith("cannot be said")  # no OWL
+    assert said[0] == said[1] == "does not hold: smollm2_135m 0.1"
     assert said[2] == "holds (5 of 5)"
     assert said[4] == "does not hold: smollm2_135m WeLore 0.2"
 
 
 def test_nan_is_worse_than_any_number_and_not_better_than_nan():
-    key, nan = [("m", err, "A") for err in table1.ERRS], math.nan
-    other = [("m", err, "B") for err in table1.ERRS]
+    key, nan = [("m", err, "A") for err in grid.ERRS], math.nan
+    other = [("m", err, "B") for err in grid.ERRS]
     numbers = dict(zip(key, [1e9, nan, nan, 1.0, 2.0], strict=True)) | dict(
         zip(other[:4], [nan, 1e9, nan, 2.0], strict=True)
     )
-    assert list(table1.better(numbers, ["m"], "A", "B").values()) == [True, False, False, True, None]
+    assert list(grid.better(numbers, ["m"], "A", "B").values()) == [True, False, False, True, None]
 
 
 @pytest.mark.parametrize(
@@ -203,12 +215,8 @@ def test_figure_3_reads_heavy_tails_and_figure_7_the_kinds(tmp_path):
 
 def test_the_figures_draw_cells_of_table_1():
     for scale in SCALES:
-        assert {fingerprint_of(*overrides_of(cell)) for cell in figure3.cells(scale) + figure7.cells(scale)} <= {
-            fingerprint_of(*overrides_of(cell))
-            for cell in table1.cells(scale)
-            if cell["err"] == 0.5
-            if cell["ranks"] != "owl" and cell["model"] in ("smollm2_135m", "llama2_7b")
-        }
+        drawn = figure3.cells(scale) + figure7.cells(scale)
+        assert {fingerprint_of(cell) for cell in drawn} <= {fingerprint_of(cell) for cell in table1.cells(scale)}
 
 
 def test_laptop_cells_read_c4_where_it_is_there(tmp_path, monkeypatch):
@@ -220,13 +228,11 @@ def test_laptop_cells_read_c4_where_it_is_there(tmp_path, monkeypatch):
 
 
 def test_a_printed_command_makes_the_cell_that_is_missing(tmp_path, capsys):
-    done = fill("table1", tmp_path, count=13)
+    done = fill("table1", tmp_path, count=18)
     assert main(["table1", f"outputs={tmp_path}"]) == 1
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python run.py ")]
     made = {fingerprint(to_config(compose(shlex.split(c, comments=True)[2:]))) for c in commands}
-    wanted = {
-        fingerprint_of(*overrides_of(c)) for c in table1.cells("laptop") if c["ranks"] != "owl" and c not in done
-    }
+    wanted = {fingerprint_of(cell) for cell in table1.cells("laptop") if cell not in done}
     assert made == wanted and len(made) == 2
     assert all(f"outputs={tmp_path}" in command and "save=false" in command for command in commands)
     assert not (tmp_path / "artefacts").exists()
@@ -252,7 +258,7 @@ def test_a_run_without_the_files_that_a_figure_draws_is_run_again(tmp_path):
 
 def test_a_run_that_failed_is_missing_and_says_why(tmp_path):
     (cell,) = figure3.cells("laptop")
-    name = fingerprint_of(*overrides_of(cell))
+    name = fingerprint_of(cell)
     Record(name, "failed", {}, error="OutOfMemoryError: too big\nand a trace").save(tmp_path / "run")
     (row,) = find([cell], str(tmp_path))
     assert row.missing and row.why == "failed: OutOfMemoryError: too big"
@@ -260,17 +266,8 @@ def test_a_run_that_failed_is_missing_and_says_why(tmp_path):
 
 def test_a_failed_run_does_not_hide_a_finished_one(tmp_path):
     (cell,) = fill("figure3", tmp_path)
-    Record(fingerprint_of(*overrides_of(cell)), "failed", {}, error="late", started="2027").save(tmp_path / "later")
+    Record(fingerprint_of(cell), "failed", {}, error="late", started="2027").save(tmp_path / "later")
     assert not find([cell], str(tmp_path))[0].missing
-
-
-def test_only_a_planned_option_may_be_absent(tmp_path, monkeypatch):
-    cell = {"model": "tiny", "ranks": "not_written", "mode": "none", "err": 0.3}
-    with pytest.raises(MissingConfigException):
-        find([cell], str(tmp_path))
-    monkeypatch.setattr(cells_module, "PLANNED", ("ranks/not_written",))
-    (row,) = find([cell], str(tmp_path))
-    assert row.planned and not row.missing and row.why == "no ranks=not_written yet"
 
 
 def test_the_listing_counts_done_and_missing_cells(tmp_path, capsys, monkeypatch):
@@ -280,7 +277,7 @@ def test_the_listing_counts_done_and_missing_cells(tmp_path, capsys, monkeypatch
     lines = capsys.readouterr().out.splitlines()
     counts = {line.split()[0]: lines[i + 2].split(maxsplit=1)[1] for i, line in enumerate(lines) if line[0] != " "}
     assert counts["figure3"] == counts["figure7"] == "1 done, 0 missing"
-    assert counts["table1"].startswith("1 done, 14 missing")
+    assert counts["table1"] == "1 done, 19 missing"
 
 
 @pytest.mark.parametrize(
@@ -338,12 +335,12 @@ def test_a_launch_is_as_few_multiruns_as_the_missing_cells_allow(tmp_path, monke
     monkeypatch.setattr(cells_module.subprocess, "run", lambda command, check: commands.append(command))
     rows = find(table1.cells("laptop"), str(tmp_path))
     launch(rows, "table1", str(tmp_path), ["hydra/launcher=basic"])
-    assert len(commands) == 2  # uniform and WeLore as they are, WeLore tuned
+    assert len(commands) == 2  # uniform, OWL and WeLore as they are, WeLore tuned
     assert all(c[2] == "-m" and c[-1] == "hydra/launcher=basic" and "group=table1" in c for c in commands)
-    assert "err=0.1,0.2,0.3,0.4,0.5" in commands[0] and "ranks=uniform,welore" in commands[0]
+    assert "err=0.1,0.2,0.3,0.4,0.5" in commands[0] and "ranks=uniform,owl,welore" in commands[0]
 
     commands.clear()
-    launch([replace(row, record=record_of(row.cell)) for row in rows if not row.planned], "table1", "outputs", [])
+    launch([replace(row, record=record_of(row.cell)) for row in rows], "table1", "outputs", [])
     assert commands == []
 
 

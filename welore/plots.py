@@ -122,7 +122,9 @@ def diagonal_figure(panels: dict[str, dict[str, Points]], title: str, below: str
         for position, (label, points) in enumerate(clouds.items()):
             axis.plot(*zip(*points, strict=True), label=label, markersize=5, **_style(position) | {"linestyle": ""})
         axis.set(title=panel, xscale="log", yscale="log")
-        axis.axline((1.0, 1.0), slope=1.0, color="black", linewidth=0.8, linestyle=":", label="predicted = measured")
+        axis.axline(
+            (1.0, 1.0), (10.0, 10.0), color="black", linewidth=0.8, linestyle=":", label="predicted = measured"
+        )
     _finish(figure, axes, below, left)
     return figure
 
