@@ -1,14 +1,18 @@
+import itertools
 import shutil
 from copy import deepcopy
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 
 import pytest
 import yaml
 
+from welore.budget import Budget
 from welore.config import CONF, INFRASTRUCTURE, SCHEMAS, Config, compose, fingerprint, science, spell_out, to_config
 from welore.errors import Refused
+from welore.moments import Needs
 
 OPTIONS = sorted(CONF.glob("*/*.yaml")) + sorted(CONF.glob("*/*/*.yaml"))
+PARTS = {"amounts": "amounts@calibration", "texts": None}  # groups that options of other groups are made of
 NEEDED = {"model/path": ["model.path=x.gguf"], "ranks/given": ["ranks.path={ranks}"]}
 TINY = ("model=tiny", "trainer=cpu", "logger=none")
 
@@ -17,7 +21,11 @@ def option_name(file):
     return str(file.relative_to(CONF).with_suffix(""))
 
 
-@pytest.mark.parametrize("file", OPTIONS, ids=option_name)
+def group_of(file):
+    return option_name(file).rpartition("/")[0]
+
+
+@pytest.mark.parametrize("file", [file for file in OPTIONS if group_of(file) not in PARTS], ids=option_name)
 def test_every_option_composes_to_a_typed_config(file, tmp_path):
     (tmp_path / "ranks.json").write_text("{}")
     group, _, option = option_name(file).rpartition("/")
@@ -32,21 +40,30 @@ def test_every_option_composes_to_a_typed_config(file, tmp_path):
         assert chosen.name == option and type(chosen) in SCHEMAS.values()
 
 
+def test_every_amount_of_calibration_text_goes_with_every_calibration():
+    amounts, texts = ([file.stem for file in CONF.glob(f"{group}/*.yaml")] for group in ("amounts", "calibration"))
+    for amount, text in itertools.product(amounts, texts):
+        calibration = to_config(compose([f"calibration={text}", f"amounts@calibration={amount}"])).calibration
+        values = yaml.safe_load((CONF / "amounts" / f"{amount}.yaml").read_text())
+        values.pop("defaults", None)
+        assert calibration.name == text and asdict(calibration).items() >= values.items()
+
+
 @pytest.mark.parametrize("file", [*OPTIONS, CONF / "config.yaml"], ids=option_name)
 def test_an_option_is_short_and_is_named_after_its_file(file):
     text = file.read_text()
-    group = option_name(file).rpartition("/")[0]
-    longest = {"task/training": 16, "": 30}.get(group, 15)
+    group = group_of(file)
+    longest = {"task/training": 16, "": 35}.get(group, 15)
     assert len(text.splitlines()) <= longest
-    if not group.startswith("hydra") and group:
-        assert yaml.safe_load(text)["name"] == file.stem
+    if not group.startswith("hydra") and group:  # tasks and calibrations are named by their texts
+        assert yaml.safe_load(text).get("name", file.stem) == file.stem
 
 
 def test_every_group_of_the_config_has_options_and_every_schema_is_used():
     used = "".join(file.read_text() for file in OPTIONS)
     assert [schema for schema in SCHEMAS if f"/schema/{schema}@_here_" not in used] == []
     groups = {f.name for f in fields(Config) if is_dataclass(f.type)}
-    assert groups == {file.relative_to(CONF).parts[0] for file in OPTIONS} - {"hydra"}
+    assert groups == {file.relative_to(CONF).parts[0] for file in OPTIONS} - {"hydra", *PARTS}
 
 
 def leaves(node, path=()):
@@ -77,21 +94,23 @@ def changed(config, path):
 
 @pytest.mark.parametrize("mode", ["welore", "galore", "lora"])
 @pytest.mark.parametrize("task", ["sotu", "c4"])
-@pytest.mark.parametrize("model", ["tiny", "llama2_7b"])
-def test_the_fingerprint_depends_on_all_that_is_science_and_on_nothing_else(model, task, mode):
-    config = to_config(compose([f"model={model}", f"task={task}", f"mode={mode}", "err=0.4"]))
+@pytest.mark.parametrize(("model", "svd"), [("tiny", "plain"), ("tiny", "asvd"), ("llama2_7b", "kfac")])
+def test_the_fingerprint_depends_on_all_that_is_science_and_on_nothing_else(model, svd, task, mode):
+    overrides = [f"model={model}", f"svd={svd}", f"task={task}", f"mode={mode}", "err=0.4"]
+    config = to_config(compose(overrides))
+    unused = {*INFRASTRUCTURE} if config.needs else {*INFRASTRUCTURE, "calibration"}
     name = fingerprint(config)
     assert name == fingerprint(deepcopy(config))
     for path in leaves(config):
-        if path != ("task", "path"):  # a file, whose content counts: below
-            assert (fingerprint(changed(config, path)) == name) == (path[0] in INFRASTRUCTURE), path
+        if path[-1] != "path" or path[0] == "model":  # a file, whose content counts: below
+            ignored = path[0] in unused and path != ("calibration", "predict")
+            assert (fingerprint(changed(config, path)) == name) == ignored, path
 
 
 def test_what_is_infrastructure_is_a_closed_list():
     assert set(INFRASTRUCTURE) == {"trainer", "logger", "group", "force", "save", "outputs"}
-    assert {f.name for f in fields(Config)} - set(INFRASTRUCTURE) == science(to_config(compose(TINY))).keys() - {
-        "identity"
-    }
+    counted = science(to_config(compose([*TINY, "svd=whitened"]))).keys() - {"identity"}
+    assert {f.name for f in fields(Config)} - set(INFRASTRUCTURE) == counted
 
 
 def test_the_order_of_overrides_and_the_way_to_a_value_do_not_matter():
@@ -143,6 +162,20 @@ def test_the_content_of_a_local_text_is_part_of_the_fingerprint_and_its_place_is
     assert fingerprint(config) != before
 
 
+def test_calibration_text_counts_by_content_where_statistics_are_needed_and_is_that_of_the_task_unless_given(tmp_path):
+    file, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    file.write_text("one text")
+    other.write_text("other text")
+    on_task = to_config(compose([*TINY, f"task.path={file}", "svd=whitened"]))
+    assert on_task.calibration.path == str(file)
+    apart = [*TINY, f"task.path={file}", f"calibration.path={other}"]
+    before = [fingerprint(to_config(compose([*apart, f"svd={svd}"]))) for svd in ("plain", "whitened")]
+    other.write_text("changed text")
+    after = [fingerprint(to_config(compose([*apart, f"svd={svd}"]))) for svd in ("plain", "whitened")]
+    assert before[0] == after[0] and before[1] != after[1]
+    assert to_config(compose([*TINY, f"task.path={file}", "calibration=c4"])).calibration.path is None
+
+
 def test_the_content_of_given_ranks_is_the_budget_and_part_of_the_fingerprint(tmp_path):
     file = tmp_path / "ranks.json"
     file.write_text('{"w": 3}')
@@ -154,12 +187,36 @@ def test_the_content_of_given_ranks_is_the_budget_and_part_of_the_fingerprint(tm
 
 
 @pytest.mark.parametrize(
-    ("overrides", "err", "keep"),
-    [([], 0.3, None), (["err=0.5"], 0.5, None), (["keep=0.8"], None, 0.8), (["err=null", "keep=0.8"], None, 0.8)],
+    ("overrides", "given"),
+    [
+        ([], {"err": 0.3}),
+        (["err=0.5"], {"err": 0.5}),
+        (["keep=0.8"], {"keep": 0.8}),
+        (["err=null", "keep=0.8"], {"keep": 0.8}),
+        (["bytes=0.7"], {"bytes": 0.7}),
+        (["flops=0.7"], {"flops": 0.7}),
+    ],
 )
-def test_the_budget_is_err_or_keep(overrides, err, keep):
-    budget = to_config(compose([*TINY, *overrides])).budget
-    assert (budget.err, budget.keep) == (err, keep)
+def test_the_budget_is_the_one_that_is_given_and_err_by_default(overrides, given):
+    assert to_config(compose([*TINY, *overrides])).budget == Budget(**given)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needs"),
+    [
+        (["svd=plain"], Needs.NOTHING),
+        (["svd=plain", "svd.sequential=update"], Needs.INPUTS),
+        (["svd=plain", "prune=wanda"], Needs.INPUTS),
+        (["svd=plain", "ranks=owl"], Needs.INPUTS),
+        (["svd=whitened", "calibration.predict=true"], Needs.GRADIENTS),
+        (["svd=whitened", "ranks=lagrange", "ranks.value=fisher"], Needs.GRADIENTS),
+        (["svd=kfac", "prune=sparsegpt"], Needs.GRADIENTS),
+        (["svd=kfac", "ranks=lagrange", "ranks.value=first_order"], Needs.WEIGHT_GRADIENTS),
+        (["svd=fwsvd"], Needs.WEIGHT_GRADIENTS),
+    ],
+)
+def test_a_run_gathers_what_the_most_demanding_of_its_options_needs(overrides, needs):
+    assert to_config(compose([*TINY, *overrides])).needs == needs
 
 
 @pytest.mark.parametrize(
@@ -167,6 +224,9 @@ def test_the_budget_is_err_or_keep(overrides, err, keep):
     [
         (["err=0.3", "keep=0.8"], "give exactly one"),
         (["err=null"], "give exactly one"),
+        (["bytes=0.5", "flops=0.5"], "give exactly one"),
+        (["bytes=50"], "write bytes=0.8"),
+        (["flops=0"], r"not a fraction in \(0, 1\]"),
         (["err=30"], "write err=0.3"),
         (["err=1"], r"not a fraction in \[0, 1\)"),
         (["err=-0.1"], r"not a fraction in \[0, 1\)"),

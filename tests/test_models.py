@@ -5,11 +5,12 @@ import torch
 from conftest import FAMILIES
 from torch import nn
 
-from welore.compress import factorize, read_spectra, weight_digests
+from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.errors import Refused
 from welore.lowrank import LowRankLinear
 from welore.models import components, count_bytes, count_parameters, decoder_layers, flops_per_token
 from welore.ranks import tally
+from welore.svd import Plain
 
 LLAMA = {
     "self_attn.q_proj": (32, 32),
@@ -58,9 +59,9 @@ def test_factoring_at_full_rank_leaves_the_logits_equal(family, cache, name):
     logits = model(IDS_BL).logits
     biases = {k: m.bias for k, m in components(model).items() if m.bias is not None}
     head, tied = model.get_output_embeddings().weight, name in ("opt", "gemma")
-    weights = weight_digests(model)
-    spectra = read_spectra(model, weights, cache)
-    factorize(model, tally({k: len(s.sigma_K) for k, s in spectra.items()}, spectra), weights, cache)
+    plain = Coordinates(Plain("plain", "none"), weight_digests(model), cache)
+    spectra = read_spectra(model, plain)
+    factorize(model, tally({k: len(s.sigma_K) for k, s in spectra.items()}, spectra), plain)
 
     found = components(model)
     assert found.keys() == spectra.keys() and all(isinstance(m, LowRankLinear) for m in found.values())
