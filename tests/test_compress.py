@@ -4,13 +4,15 @@ import pytest
 import torch
 from conftest import FAMILIES
 
+from welore.allocate import Lagrange
 from welore.cache import Cache
-from welore.compress import factorize, read_spectra, weight_digests
+from welore.compress import Coordinates, factorize, read_spectra, resolve, weight_digests
 from welore.errors import Refused
 from welore.evaluate import causal_loss, perplexity
-from welore.models import components, count_parameters
+from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.modes import Lrc, select
-from welore.ranks import Budget, Welore
+from welore.ranks import Budget, Welore, tally
+from welore.svd import Plain
 
 WINDOWS_BL = (torch.arange(96).view(4, 24) * 7 + 3) % 67
 
@@ -32,33 +34,50 @@ def test_every_family_is_compressed_scored_and_stepped(family, compress, name):
     assert perplexity(model, WINDOWS_BL).perplexity < before.perplexity
 
 
-def test_spectra_are_read_from_the_cache_where_a_weight_was_decomposed_before(model, cache, monkeypatch):
-    weights = weight_digests(model)
-    first = read_spectra(model, weights, cache)
-    monkeypatch.setattr("welore.compress.singular_values", lambda W: pytest.fail("decomposed again"))
-    second = read_spectra(model, weights, cache)
+def plain(model, cache):
+    return Coordinates(Plain("plain", "none"), weight_digests(model), cache)
+
+
+def test_weights_are_decomposed_once_and_then_read_from_the_cache(model, tmp_path, monkeypatch):
+    coordinates = plain(model, Cache(tmp_path))
+    first = read_spectra(model, coordinates)
+    monkeypatch.setattr("welore.compress.decompose", lambda *_: pytest.fail("decomposed again"))
+    second = read_spectra(model, coordinates)
     assert first.keys() == second.keys() == components(model).keys()
-    assert all(torch.equal(first[name].sigma_K, second[name].sigma_K) for name in first)
+    for name, spectrum in first.items():
+        assert torch.equal(spectrum.sigma_K, second[name].sigma_K) and spectrum.shape == second[name].shape
+    factorize(model, tally({name: 3 for name in first}, first), coordinates)
+
+
+def test_of_a_large_weight_the_values_come_without_the_vectors_until_it_is_cut(model, tmp_path, monkeypatch):
+    coordinates = plain(model, Cache(tmp_path))
+    name, module = next(iter(components(model).items()))
+    expected_K = coordinates.spectrum(name, module).sigma_K
+    monkeypatch.setattr("welore.compress.VALUES_FIRST", 16)
+    apart = plain(model, Cache(tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        patch.setattr("welore.compress.decompose", lambda *_: pytest.fail("decomposed"))
+        torch.testing.assert_close(apart.spectrum(name, module).sigma_K, expected_K)
+    assert all(map(torch.equal, apart.factors(name, module, 5), coordinates.factors(name, module, 5)))
 
 
 def test_a_weight_that_changes_has_another_digest_and_is_decomposed_again(model, cache):
-    before = weight_digests(model)
-    spectra = read_spectra(model, before, cache)
+    before = plain(model, cache)
+    spectra = read_spectra(model, before)
     name = "model.layers.1.mlp.up_proj"
     model.get_submodule(name).weight.data.mul_(2)
-    after = weight_digests(model)
-    assert {n for n in before if before[n] != after[n]} == {f"{name}.weight"}
-    torch.testing.assert_close(read_spectra(model, after, cache)[name].sigma_K, 2 * spectra[name].sigma_K)
+    after = plain(model, cache)
+    assert {n for n in before.weights if before.weights[n] != after.weights[n]} == {f"{name}.weight"}
+    torch.testing.assert_close(read_spectra(model, after)[name].sigma_K, 2 * spectra[name].sigma_K)
 
 
-def test_factors_from_the_cache_are_those_made_anew(pristine, cache, tmp_path):
-    models = [deepcopy(pristine[0]) for _ in range(2)]
-    empty = Cache(tmp_path)
-    for model, folder in zip(models, [empty, empty], strict=True):
-        weights = weight_digests(model)
-        plan = Welore("welore", "minmax", "half").plan(read_spectra(model, weights, folder), Budget(err=0.3))
-        factorize(model, plan, weights, folder)
-    assert weight_digests(models[0]) == weight_digests(models[1])
+def test_factors_from_the_cache_are_those_made_anew(pristine, tmp_path):
+    models, cache = [deepcopy(pristine[0]) for _ in range(2)], Cache(tmp_path)
+    for model in models:
+        spectra = read_spectra(model, plain(model, cache))
+        plan = Welore("welore", "minmax", "half", "plain").plan(spectra, Budget(err=0.3))
+        factorize(model, plan, plain(model, cache))
+    assert weight_digests(models[0]) == weight_digests(models[1]) != weight_digests(pristine[0])
 
 
 def test_a_plan_cuts_the_weights_that_it_names_and_no_other(model, compress):
@@ -78,4 +97,37 @@ def test_a_plan_cuts_the_weights_that_it_names_and_no_other(model, compress):
 def test_a_weight_with_nan_is_refused_by_its_name(model, cache):
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(Refused, match=r"model\.layers\.1\.mlp\.up_proj: 1 of its"):
-        read_spectra(model, weight_digests(model), cache)
+        read_spectra(model, plain(model, cache))
+
+
+SIZES = {"bytes": count_bytes, "flops": flops_per_token}
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.7])
+@pytest.mark.parametrize("measure", SIZES)
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma"])
+def test_a_budget_of_bytes_or_flops_is_met_to_within_one_rank_and_never_exceeded(family, cache, name, measure, share):
+    """Embeddings, biases and a tied output are counted and never cut."""
+    model = family(name).bfloat16()
+    whole, unit = SIZES[measure](model), 2  # bytes of a bfloat16 number, FLOPs of one that is stored
+    budget = resolve(Budget(**{measure: share}), model)
+    spectra = read_spectra(model, plain(model, cache))
+    plan = Lagrange("lagrange", "energy", "same", 1, "never").plan(spectra, budget)
+    factorize(model, plan, plain(model, cache))
+    largest = max(sum(spectrum.shape) for spectrum in spectra.values())
+    assert plan.factored and 0 <= share * whole - SIZES[measure](model) < unit * largest
+
+
+def test_other_budgets_are_left_alone_and_a_share_below_what_is_never_compressed_is_refused(model):
+    for budget in (Budget(err=0.3), Budget(keep=0.8)):
+        assert resolve(budget, model) is budget
+    assert resolve(Budget(bytes=1.0), model).keep == pytest.approx(1)
+    fixed = count_bytes(model) - 4 * sum(m.weight.numel() for m in components(model).values())
+    with pytest.raises(Refused, match=f"a share of {fixed / count_bytes(model):.3f} is never compressed"):
+        resolve(Budget(bytes=0.1), model)
+
+
+def test_of_a_model_that_is_factored_already_bytes_are_a_share_of_those_that_it_had_dense(model, compress):
+    dense = resolve(Budget(bytes=0.8), model)
+    compress(model, dense="break_even")
+    assert resolve(Budget(bytes=0.8), model).keep == pytest.approx(dense.keep)
