@@ -36,7 +36,7 @@ def weight_digests(model: PreTrainedModel) -> dict[str, str]:
     """The content of every parameter, hashed: the keys of all that is computed from weights."""
 
     def hashed(parameter: nn.Parameter) -> str:
-        raw = memoryview(parameter.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")
+        raw = memoryview(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest(f"{tuple(parameter.shape)} {parameter.dtype}", hashlib.sha256(raw).digest())
 
     names, parameters = zip(*model.named_parameters(), strict=True)

@@ -62,11 +62,12 @@ class Blockwise(Refine):
         parameters: list[nn.Parameter],
         metric: Metric,
     ) -> tuple[float, float]:
-        """Fit the parameters of layer `number`, in place; the loss in nats per token before and after.
+        """Fit the parameters of layer `number`, in place, unless that helps nothing; nats per token before and after.
 
         `own` are the hidden states that enter the layer and `dense` what should come out, batch by batch.
         """
         before = self._mean_loss(stream, number, own, dense, metric)
+        original = [parameter.detach().clone() for parameter in parameters]
         optimizer = AdamW(parameters, lr=self.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
         steps = self.epochs * len(own)
         generator = torch.Generator().manual_seed(number)
@@ -81,7 +82,11 @@ class Blockwise(Refine):
             optimizer.zero_grad()
         for parameter in parameters:
             parameter.requires_grad_(False)
-        return before, self._mean_loss(stream, number, own, dense, metric)
+        after = self._mean_loss(stream, number, own, dense, metric)
+        if not after < before:
+            for parameter, value in zip(parameters, original, strict=True):
+                parameter.data.copy_(value)
+        return before, min(before, after)
 
     def _order(self, batches: int, generator: torch.Generator) -> Iterator[int]:
         for _ in range(self.epochs):
