@@ -1,4 +1,4 @@
-"""Equal budgets: perplexity against the share of parameters kept, for pairs of factors and ranks, on and off domain.
+"""Equal budgets: damage in nats by the share of parameters kept, for pairs of factors and ranks, on and off domain.
 
 Cost: laptop 120 runs, never measured: a guess is four hours on 2 CPU cores; paper 132 runs, never measured.
 
@@ -89,12 +89,12 @@ def _ratio(row: Row) -> float | None:
 def _against_keep(found: Found, known: Sequence[str], pairs: Sequence[str]):
     panels = {
         f"{text} (dense {dense([found[text, KEEPS[0], pairs[0]]])})": {
-            pair: [(keep, found[text, keep, pair].perplexity) for keep in KEEPS] for pair in pairs
+            pair: [(keep, _damages(found[text, keep, pair])[1]) for keep in KEEPS] for pair in pairs
         }
         for text in known
     }
-    title = f"{_model(found)}: perplexity at equal budgets"
-    return lines_figure(panels, title, "share of the parameters kept", "perplexity", "log")
+    title = f"{_model(found)}: damage at equal budgets"
+    return lines_figure(panels, title, "share of parameters kept", "nats per token above dense", "log")
 
 
 def _predicted(found: Found, known: Sequence[str], pairs: Sequence[str]):

@@ -60,7 +60,9 @@ def cells(scale: str) -> list[Cell]:
 
 
 def render(rows: Sequence[Row]) -> Page:
-    mapping = "OWL: outlier shares of the task's own texts; its ratio is taken as a share of ranks, as the paper does"
+    mapping = (
+        "OWL: outliers on the task's own texts; that its ratios count ranks is our reading, the paper does not say"
+    )
     return GRID.page(rows, [mapping], claims)
 
 

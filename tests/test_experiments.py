@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from experiments import cells as cells_module
-from experiments import figure3, figure7, grid, table1
+from experiments import equal_budget, figure3, figure7, figure8, grid, table1, table3, v1_table6
 from experiments.__main__ import SCALES, about, load, main, names, parse, write
 from experiments.cells import Row, check_infrastructure, find, fingerprint_of, launch, overrides_of
 from experiments.page import Claim, Page, verdict
 from welore.config import compose, fingerprint, to_config
 from welore.errors import Refused
-from welore.plots import by_component
+from welore.plots import by_component, diagonal_figure, lines_figure
 from welore.records import Record, Sweep, sweeps
 
 COMPONENTS = ("q_proj", "k_proj", "up_proj", "down_proj")
@@ -34,6 +34,17 @@ def no_texts(tmp_path, monkeypatch):
 FACTORS = {"plain": 1.0, "asvd": 0.5, "whitened": 0.3, "kfac": 0.2}
 RULES = {"uniform": 3.0, "owl": 2.0, "sensitivity": 1.5, "relative_energy": 1.2, "lagrange": 0.5}
 PRUNERS = {"none": 0.0, "magnitude": 3.0, "wanda": 1.0, "sparsegpt": 0.9}
+
+
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A folder with a text each of C4 and WikiText-2, as laptop cells look for it."""
+    for name in ("c4/train-1.jsonl", "wikitext2/wiki.test.raw", "wikitext2/wiki.valid.raw"):
+        path = tmp_path / "texts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"text": "a text"}')
+    monkeypatch.setenv("WELORE_DATA", str(tmp_path / "texts"))
+    return tmp_path / "texts"
 
 
 def metrics_of(cell, tuned):
@@ -191,6 +202,97 @@ def test_nan_is_worse_than_any_number_and_not_better_than_nan():
     assert list(grid.better(numbers, ["m"], "A", "B").values()) == [True, False, False, True, None]
 
 
+@pytest.mark.parametrize("name", names())
+def test_an_artefact_says_err_keep_parameters_and_the_dense_baseline(name, tmp_path):
+    rows = whole(name, "laptop", tmp_path)
+    markdown = load(name).render(rows).markdown("A caption.", name)
+    found = rows[-1].record.metrics
+    assert f"{found['compress/err']:.3f}" in markdown and f"{found['compress/keep']:.3f}" in markdown
+    assert ("123.5M" in markdown or "123,456,789" in markdown) and "dense" in markdown and "10.00" in markdown
+
+
+def test_the_paper_claims_nothing_of_activation_guided_factors_that_its_numbers_do_not_bear_out():
+    said = [claim.row()[1] for claim in table3.claims([], {}) + v1_table6.claims([], {})]
+    assert said.count("holds (5 of 5)") == 9 and said.count("—") == 3  # it prints no numbers for ASVD proper
+
+
+def test_calibration_on_wikitext_never_sees_the_text_that_is_measured(tmp_path, texts):
+    for cell in table3.cells("laptop") + v1_table6.cells("laptop"):
+        assert (cell["calibration"], cell["calibration.split"]) == ("wikitext2", "validation")
+        assert cell["calibration.path"] == str(texts / "wikitext2")
+    assert {cell["task"] for cell in table3.cells("laptop")} == {"c4"}
+    assert {cell["task.path"] for cell in v1_table6.cells("laptop")} == {str(texts / "wikitext2")}
+
+
+def test_the_increase_counts_from_the_same_model_before_pruning(tmp_path):
+    rows = whole("figure8", "laptop", tmp_path)
+    start = next(i for i, r in enumerate(rows) if r.cell["err"] == 0.5 and r.cell["prune"] == "none")
+    rows[start] = changed(rows[start], **{"compressed/perplexity": 17.25})
+    line = next(line for line in figure8.render(rows).body if line[:3] == ["0.5", "wanda", "0.4"])
+    assert line[6:] == ["0.200", "0.400", "10.00", "17.25", "17.90", "+0.65"]
+
+
+def test_a_pruned_model_that_breaks_has_no_increase_and_refutes_that_pruning_is_cheap(tmp_path):
+    rows = [
+        broken(r) if r.cell["err"] == 0.5 and r.cell["prune"] == "wanda" else r
+        for r in whole("figure8", "laptop", tmp_path)
+    ]
+    page = figure8.render(rows)
+    assert page.body[-5][-2:] == [f"NaN ({BREAKS_AT})", "—"]
+    assert [verdict(claim.ours).split(":")[0] for claim in page.claims] == ["does not hold"] * 3
+    assert page.figures
+
+
+def test_equal_budgets_are_calibrated_on_one_text_and_measured_on_both(texts):
+    cells = equal_budget.cells("laptop")
+    assert len(cells) == 2 * len(equal_budget.KEEPS) * (len(equal_budget.PAIRS) - 1)
+    assert {(cell["task"], cell["calibration"]) for cell in cells} == {("c4", "c4"), ("wikitext2", "c4")}
+    assert all(cell["calibration.predict"] and cell["calibration.path"] == str(texts / "c4") for cell in cells)
+    assert not any(cell["ranks"] == "sensitivity" for cell in cells)
+    assert any(cell["ranks"] == "sensitivity" for cell in equal_budget.cells("paper"))
+
+
+def test_equal_budgets_have_a_panel_for_each_text(tmp_path, texts):
+    page = equal_budget.render(whole("equal_budget", "laptop", tmp_path))
+    titles = [axis.get_title() for axis in page.figures[""].axes]
+    assert titles == ["c4 (dense 10.00)", "wikitext2 (dense 10.00)"]
+    assert all(verdict(claim.ours).startswith("holds") for claim in page.claims) and len(page.claims) == 6
+
+
+def test_a_prediction_out_of_bounds_is_named(tmp_path):
+    rows = whole("equal_budget", "laptop", tmp_path)
+    index = next(i for i, r in enumerate(rows) if r.cell["ranks"] == "lagrange" and r.cell["svd"] == "kfac")
+    measured = rows[index].record.metrics["compress/nats"]
+    rows[index] = changed(rows[index], **{"compress/predicted_nats": 1.1 * measured})
+    page = equal_budget.render(rows)
+    assert verdict(page.claims[3].ours) == "does not hold: sotu 0.9 kfac + lagrange"
+    assert page.body[index][-1] == "1.10"
+
+
+def test_a_broken_model_at_an_equal_budget_was_not_predicted(tmp_path):
+    rows = whole("equal_budget", "laptop", tmp_path)
+    rows[0] = changed(broken(rows[0]), **{"compress/nats": None})
+    page = equal_budget.render(rows)
+    assert page.body[0][-4] == f"NaN ({BREAKS_AT})" and page.body[0][-2:] == ["—", "—"]
+    assert verdict(page.claims[0].ours).startswith("holds")
+    assert verdict(page.claims[4].ours) == "does not hold: sotu 0.9 plain + uniform"
+
+
+def test_lines_and_clouds_carry_the_numbers_and_one_key():
+    panels = {"left": {"a": [(1.0, 2.0), (2.0, math.nan)]}, "right": {"a": [(1.0, 4.0), (2.0, 3.0)]}}
+    for figure in (lines_figure(panels, "t", "x", "y", "log"), diagonal_figure(panels, "t", "x", "y")):
+        left, right = figure.axes
+        assert left.lines[0].get_xydata().tolist()[0] == [1.0, 2.0] and left.get_yscale() == "log"
+        assert right.lines[0].get_xydata().tolist() == [[1.0, 4.0], [2.0, 3.0]]
+        assert [text.get_text() for text in figure.legends[0].texts][0] == "a"
+
+
+@pytest.mark.parametrize("name", ["equal_budget", "table3"])
+def test_the_fingerprint_of_a_cell_is_that_of_its_command(name, texts):
+    cell = load(name).cells("laptop")[-1]
+    assert fingerprint_of(cell) == fingerprint(to_config(compose(overrides_of(cell))))
+
+
 @pytest.mark.parametrize(
     ("outcomes", "said"),
     [
@@ -213,10 +315,11 @@ def test_figure_3_reads_heavy_tails_and_figure_7_the_kinds(tmp_path):
     assert len(page3.figures[""].axes) == len(COMPONENTS) + 1  # and the scale of the layers
 
 
-def test_the_figures_draw_cells_of_table_1():
+def test_the_figures_draw_cells_of_table_1_and_plain_columns_are_its_runs():
     for scale in SCALES:
-        drawn = figure3.cells(scale) + figure7.cells(scale)
-        assert {fingerprint_of(cell) for cell in drawn} <= {fingerprint_of(cell) for cell in table1.cells(scale)}
+        assert all(cell in table1.cells(scale) for cell in figure3.cells(scale) + figure7.cells(scale))
+    plain = [cell for cell in table3.cells("laptop") if cell["svd"] == "plain" and cell["ranks"] == "welore"]
+    assert fingerprint_of(plain[-1]) == fingerprint_of(figure3.cells("laptop")[0])
 
 
 def test_laptop_cells_read_c4_where_it_is_there(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ Points = list[tuple[float, float]]
 def lines_figure(panels: dict[str, dict[str, Points]], title: str, below: str, left: str, scale: str) -> "Figure":
     """One panel a setting and one line a method, on one scale: `log`, or `symlog` for changes of either sign.
 
-    Such as perplexity against keep. A point that is not finite interrupts its line.
+    Such as damage against keep. A point that is not finite interrupts its line, as one below 0 does on a log scale.
     """
     figure, axes = _grid(len(panels), title)
     options = {"linthresh": 1.0} if scale == "symlog" else {}
@@ -107,6 +107,8 @@ def lines_figure(panels: dict[str, dict[str, Points]], title: str, below: str, l
         for position, (label, points) in enumerate(lines.items()):
             axis.plot(*zip(*points, strict=True), label=label, markersize=4, linewidth=1.2, **_style(position))
         axis.set_yscale(scale, **options)
+        if scale == "symlog":
+            axis.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
         axis.set(title=panel)
     _finish(figure, axes, below, left)
     return figure
@@ -139,10 +141,12 @@ def _style(position: int) -> dict[str, Any]:
 
 
 def _finish(figure: "Figure", axes: "Sequence[Axes]", below: str, left: str) -> None:
-    """Axes named, and one key for all panels."""
+    """Axes named, and one key for all panels, in the height that it needs and in columns of 2.4 inches."""
     _label(axes, _columns(len(axes)), below, left)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize="small")
+    columns = int(figure.get_figwidth() / 2.4)
+    figure.set_figheight(figure.get_figheight() + 0.18 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
 def _columns(panels: int) -> int:
