@@ -61,6 +61,21 @@ def test_of_a_large_weight_the_values_come_without_the_vectors_until_it_is_cut(m
     assert all(map(torch.equal, apart.factors(name, module, 5), coordinates.factors(name, module, 5)))
 
 
+def test_a_decomposition_that_failed_is_noted_also_where_it_is_read_from_the_cache(model, tmp_path, monkeypatch):
+    def fails(*_):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    name, module = next(iter(components(model).items()))
+    expected_K = plain(model, Cache(tmp_path / "usual")).spectrum(name, module).sigma_K
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", fails)
+        first = plain(model, Cache(tmp_path))
+        torch.testing.assert_close(first.spectrum(name, module).sigma_K, expected_K)
+    second = plain(model, Cache(tmp_path))
+    second.factors(name, module, 3)
+    assert first.notes == second.notes == {name: "eigh failed (did not converge): svd of the Gram matrix"}
+
+
 def test_a_weight_that_changes_has_another_digest_and_is_decomposed_again(model, cache):
     before = plain(model, cache)
     spectra = read_spectra(model, before)

@@ -38,25 +38,43 @@ def test_the_metric_of_a_weight_that_saw_nothing_is_the_identity(nothing, share)
 
 def test_the_root_squared_is_the_metric_and_its_inverse_undoes_it():
     C = positive(7)
-    root, inverse = roots(C)
+    root, inverse, safer = roots(C)
     torch.testing.assert_close(root @ root, C)
     torch.testing.assert_close(root @ inverse, torch.eye(7, dtype=torch.float64))
     torch.testing.assert_close(root, root.T)
-    diagonal_root, diagonal_inverse = roots(C.diagonal())
+    assert safer is None
+    diagonal_root, diagonal_inverse, _ = roots(C.diagonal())
     torch.testing.assert_close(torch.diag(diagonal_root), roots(torch.diag(C.diagonal()))[0])
     torch.testing.assert_close(diagonal_root * diagonal_inverse, torch.ones(7, dtype=torch.float64))
-    assert roots(None) == (None, None)
+    assert roots(None) == (None, None, None)
 
 
 def test_a_direction_that_was_never_seen_has_a_millionth_of_the_largest_root():
     """The root of 1e-12, so that nothing is divided by 0."""
     seen = positive(6, rank=2)
-    root, inverse = roots(seen)
+    root, inverse, _ = roots(seen)
     values = torch.linalg.eigvalsh(root)
     assert values[0] == pytest.approx(1e-6 * float(values[-1]), rel=1e-3)
     assert inverse.isfinite().all()
     dead = torch.tensor([4.0, 0.0, 1.0], dtype=torch.float64)
     assert roots(dead)[0].tolist() == pytest.approx([2, 2e-6, 1])
+
+
+def fails(*_):
+    raise torch.linalg.LinAlgError("linalg: did not converge\nmore")
+
+
+def test_where_eigh_of_a_metric_fails_its_svd_gives_the_same_roots_and_a_note(monkeypatch):
+    C = positive(7)
+    expected = roots(C)
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    root, inverse, safer = roots(C)
+    torch.testing.assert_close(root, expected[0])
+    torch.testing.assert_close(inverse, expected[1])
+    assert safer == "eigh failed (linalg: did not converge): svd of the metric"
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    with pytest.raises(Refused, match=r"neither eigh .* nor svd of the metric converges"):
+        roots(C)
 
 
 @pytest.mark.parametrize("kind", ["identity", "diagonal", "matrix"])

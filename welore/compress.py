@@ -3,12 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -28,7 +29,9 @@ from welore.ranks import Budget, Evidence, Plan, Ranks, tally
 from welore.svd import Components, Kfac, Plain, Spectrum, Svd, decompose, predicted_nats, singular_values, valued
 
 Weight = nn.Linear | LowRankLinear
+T = TypeVar("T")
 
+SAFER = "safer"  # in the metadata of components on disk: what was done where the usual decomposition failed
 VALUES_FIRST = 2048  # shorter sides above this are decomposed without vectors until a plan cuts the weight
 
 
@@ -95,9 +98,7 @@ class Coordinates:
             return self.cache.get(
                 "spectra", self.key(name), _read_spectrum, _write_spectrum, lambda: _values_alone(name, module)
             )
-        found = self.cache.get(
-            "components", self.key(name), _read_spectrum, _write_components, lambda: self.decomposed(name, module)
-        )
+        found = self._components(name, module, _read_spectrum)
         return found.spectrum if isinstance(found, Components) else found
 
     def valued(self, name: str, module: Weight) -> Spectrum:
@@ -114,16 +115,23 @@ class Coordinates:
 
     def factors(self, name: str, module: Weight, rank: int) -> tuple[Tensor, Tensor]:
         """A_MR and B_RN: the first `rank` components, of which no more is read from the cache."""
-        found = self.cache.get(
-            "components",
-            self.key(name),
-            lambda path: _read_factors(path, rank),
-            _write_components,
-            lambda: self.decomposed(name, module),
-        )
+        found = self._components(name, module, lambda path: _read_factors(path, rank))
         A_RM, B_RN = (found.A_KM[:rank], found.B_KN[:rank]) if isinstance(found, Components) else found
         device = next(module.parameters()).device
         return A_RM.T.to(device).contiguous(), B_RN.to(device).clone()
+
+    def _components(self, name: str, module: Weight, read: Callable[[Path], T]) -> Components | T:
+        """All components where they are made now, else what `read` reads of them; with the note of then."""
+
+        def noting(path: Path) -> T:
+            with safe_open(path, framework="pt") as tensors:
+                if note := (tensors.metadata() or {}).get(SAFER):
+                    self.notes[name] = note
+            return read(path)
+
+        return self.cache.get(
+            "components", self.key(name), noting, _write_components, lambda: self.decomposed(name, module)
+        )
 
 
 @contextmanager
@@ -175,7 +183,8 @@ def _read_spectrum(path: Path) -> Spectrum:
 
 def _write_components(components: Components, path: Path) -> None:
     factors = {"A_KM": components.A_KM.cpu(), "B_KN": components.B_KN.cpu()}
-    save_file(_tensors(components.spectrum) | factors, path)
+    note = None if components.safer is None else {SAFER: components.safer}
+    save_file(_tensors(components.spectrum) | factors, path, metadata=note)
 
 
 def _read_factors(path: Path, rank: int) -> tuple[Tensor, Tensor]:

@@ -71,20 +71,36 @@ def times(rows: Tensor, metric: Metric) -> Tensor:
     return rows * metric if metric.ndim == 1 else rows @ metric
 
 
-def roots(metric: Metric) -> tuple[Metric, Metric]:
-    """C^(1/2) and its inverse, symmetric, by an eigendecomposition in float64.
+def eigh(C: Tensor, what: str) -> tuple[Tensor, Tensor, str | None]:
+    """Eigenvalues, ascending, and eigenvectors of a symmetric matrix >= 0, of which the lower triangle is read.
+
+    Where that fails, its SVD, which gives the same, and a note of it. Refused where that fails as well.
+    """
+    try:
+        return *torch.linalg.eigh(C), None
+    except torch.linalg.LinAlgError as error:
+        reason = str(error).splitlines()[0]
+    try:
+        U, values, _ = torch.linalg.svd(C.tril() + C.tril(-1).T)
+    except torch.linalg.LinAlgError as error:
+        raise Refused(f"neither eigh ({reason}) nor svd of the {what} converges.") from error
+    return values.flip(0), U.flip(1), f"eigh failed ({reason}): svd of the {what}"
+
+
+def roots(metric: Metric) -> tuple[Metric, Metric, str | None]:
+    """C^(1/2) and its inverse, symmetric, by an eigendecomposition in float64, and a note where that failed.
 
     Eigenvalues below 1e-12 of the largest are raised to that: a direction that calibration never saw (fewer tokens
     than features, a dead channel) then costs next to nothing, and still comes back at full rank.
     """
     if metric is None:
-        return None, None
+        return None, None, None
     if metric.ndim == 1:
         root = metric.clamp(min=float(metric.max()) * 1e-12).sqrt()
-        return root, 1 / root
-    values, Q = torch.linalg.eigh(metric)
+        return root, 1 / root, None
+    values, Q, safer = eigh(metric, "metric")
     root = values.clamp(min=float(values[-1]) * 1e-12).sqrt()
-    return (Q * root) @ Q.T, (Q / root) @ Q.T
+    return (Q * root) @ Q.T, (Q / root) @ Q.T, safer
 
 
 def quadratic(rows_KN: Tensor, metric: Metric) -> Tensor:

@@ -132,7 +132,11 @@ def updated(W_MN: Tensor, B_RN: Tensor, inputs_NN: Tensor) -> Tensor:
 
 
 def anchored(W_MN: Tensor, own_NN: Tensor, cross_NN: Tensor, damping: float) -> Tensor:
-    """W E[x x~^T] E[x~ x~^T]^-1 in float64, both damped alike, so that equal streams leave W as it is."""
+    """W E[x x~^T] E[x~ x~^T]^-1 in float64, both damped alike, so that equal streams leave W as it is.
+
+    The damping is at least 1e-6, above the rounding of the float32 sums: fewer tokens than features are no error.
+    """
+    damping = max(damping, 1e-6)
     own, cross = own_NN.double(), cross_NN.double()
     ridge = damping / (1 - damping) * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
     return torch.linalg.solve(own + ridge, (W_MN.double() @ (cross + ridge)).T).T

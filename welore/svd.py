@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from welore.errors import Refused
-from welore.moments import Metric, Moments, Needs, damped, quadratic, roots, times
+from welore.moments import Metric, Moments, Needs, damped, eigh, quadratic, roots, times
 
 GRAM_ROWS = 1024  # rows of a Gram matrix that are formed together
-
+GRAM = "Gram matrix"
 
 SEQUENTIAL = ("none", "update", "anchored")
 
@@ -150,7 +150,7 @@ def singular_values(W_MN: Tensor) -> Tensor:
 
 def short_vectors(W_MN: Tensor) -> Tensor:
     """The plain singular vectors of the shorter side as columns, K x K, of the largest value first, in float32."""
-    return _eigh(gram(_short_rows(W_MN)))[1].flip(1).float()
+    return eigh(gram(_short_rows(W_MN)), GRAM)[1].flip(1).float()
 
 
 def _short_rows(W_MN: Tensor) -> Tensor:
@@ -172,9 +172,9 @@ def decompose(W_MN: Tensor, left: Metric = None, right: Metric = None) -> Compon
     M, N = W_MN.shape
     rows_KJ = _short_rows(W_MN)
     near, far = (left, right) if M <= N else (right, left)
-    root, inverse = roots(near)
+    root, inverse, safer_root = roots(near)
     seen_KJ = rows_KJ if root is None else times(rows_KJ.T, root).T  # T W
-    squares_K, U_KK, safer = _eigh(gram(seen_KJ, far))
+    squares_K, U_KK, safer = eigh(gram(seen_KJ, far), GRAM)
     sigma_K = squares_K.clamp(min=0).sqrt().flip(0)
     U_KK = U_KK.flip(1)
     split_K = sigma_K.clamp(min=float(sigma_K[0]) * 1e-8 or 1.0).sqrt()
@@ -182,17 +182,8 @@ def decompose(W_MN: Tensor, left: Metric = None, right: Metric = None) -> Compon
     near_K = (lift_KK * split_K[:, None]).to(W_MN.dtype)
     far_K = ((U_KK.T @ seen_KJ) / split_K[:, None]).to(W_MN.dtype)
     A_KM, B_KN = (near_K, far_K) if M <= N else (far_K, near_K)
+    safer = "; ".join(note for note in (safer_root, safer) if note) or None
     return Components(Spectrum((M, N), sigma_K.cpu()), A_KM.contiguous(), B_KN.contiguous(), safer)
-
-
-def _eigh(G_KK: Tensor) -> tuple[Tensor, Tensor, str | None]:
-    """Eigenvalues ascending and eigenvectors; where that fails, the SVD of the same matrix, and a note of it."""
-    try:
-        return *torch.linalg.eigh(G_KK), None
-    except torch.linalg.LinAlgError as error:
-        whole = G_KK.tril() + G_KK.tril(-1).T
-        U_KK, squares_K, _ = torch.linalg.svd(whole)
-        return squares_K.flip(0), U_KK.flip(1), f"eigh failed ({str(error).splitlines()[0]}): svd of the Gram matrix"
 
 
 @torch.no_grad()
