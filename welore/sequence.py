@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from welore.calibrate import Stream
 from welore.compress import Coordinates, bias_of, dense_weight
+from welore.errors import Refused
 from welore.lowrank import LowRankLinear, replace
 from welore.models import components
 from welore.moments import damped
@@ -54,13 +55,24 @@ class Pairs:
         self.dense[name] = x.reshape(-1, x.shape[-1]).float()
 
     def _pair(self, name: str, x: Tensor) -> None:
-        x_TN, dense_TN = x.reshape(-1, x.shape[-1]).float(), self.dense.pop(name)
+        x_TN, dense_TN = x.reshape(-1, x.shape[-1]).float(), self.dense.pop(name, x.new_empty(0, x.shape[-1]))
+        if len(x_TN) != len(dense_TN):
+            raise _unpaired(name, f"sees {len(dense_TN)} tokens of a batch in the dense model and {len(x_TN)}")
         self.tokens[name] += len(x_TN)
         for sums, left_TN in ((self.own, x_TN), (self.cross, dense_TN)):
             sums[name] = sums.get(name, 0) + left_TN.T @ x_TN
 
     def means(self, name: str) -> tuple[Tensor, Tensor]:
+        if self.tokens[name] == 0:
+            raise _unpaired(name, "sees no token in the dense model or none")
         return self.own[name] / self.tokens[name], self.cross[name] / self.tokens[name]
+
+
+def _unpaired(name: str, what: str) -> Refused:
+    """An expert gets other tokens where the layers before are compressed: the two streams cannot be compared."""
+    return Refused(
+        f"{name} {what} in the compressed one: its inputs cannot be paired. Write svd.sequential=none and refine=none."
+    )
 
 
 @torch.no_grad()
