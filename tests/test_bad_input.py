@@ -28,9 +28,13 @@ REFUSED = [
     ("err=-0.1", ["err=-0.1 is not a fraction"]),
     ("err=nan", ["err=nan is not a fraction"]),
     ("err=abc", ["err=abc", "could not be converted to Float", "Write a number"]),
-    ("err=0.3 keep=0.5", ["err=0.3 and keep=0.5", "exactly one"]),
-    ("err=null", ["err=None and keep=None", "exactly one"]),
+    ("err=0.3 keep=0.5", ["'err': 0.3", "'keep': 0.5", "exactly one"]),
+    ("err=null", ["not given", "exactly one"]),
     ("keep=0", ["keep=0.0 is not a fraction in (0, 1]"]),
+    ("bytes=0.5 flops=0.5", ["'bytes': 0.5", "'flops': 0.5", "exactly one"]),
+    ("bytes=0.05", ["bytes=0.05 is out of reach", "never compressed"]),
+    ("flops=0.05", ["flops=0.05 is out of reach", "never compressed"]),
+    ("bytes=80", ["bytes=80.0 is not a fraction", "bytes=0.8"]),
     ("keep=0.01 ranks=uniform", ["keep=0.01 leaves model.layers.0", "rank 0", "smallest keep"]),
     ("keep=0.01", ["keep=0.01 is out of reach", "rank 1", "keep=0.0"]),
     ("err=0.999", ["err=0.999 is out of reach", "err=0.98"]),
@@ -41,6 +45,35 @@ REFUSED = [
     ("lr=1e-3", ["no option lr", "mode.lr", "task.training.lr"]),
     ("ranks.dense=most", ["ranks.dense=most is unknown", "half, break_even, never"]),
     ("ranks.normalize=l2", ["ranks.normalize=l2 is unknown", "minmax, max"]),
+    ("svd=asvd svd.alpha=3", ["svd.alpha=3.0 is no exponent", "0.5"]),
+    ("svd=whiten", ["svd=whiten is no option", "Did you mean whitened?"]),
+    ("svd.alpha=0.5", ["no option svd.alpha"]),
+    ("svd.sequential=yes", ["svd.sequential", "is unknown", "none, update, anchored"]),
+    ("ranks.spectrum=whitened", ["ranks.spectrum=whitened is unknown", "plain, same"]),
+    ("ranks=lagrange ranks.value=nats", ["ranks.value=nats is unknown", "energy", "fisher"]),
+    ("ranks=lagrange ranks.multiple=0", ["ranks.multiple=0 is no count"]),
+    ("ranks=lagrange ranks.multiple=64 ranks.dense=never keep=0.3", ["keep=0.3", "Ask for"]),
+    ("ranks=owl ranks.per=layer", ["ranks.per=layer is unknown", "block, matrix"]),
+    ("ranks=sensitivity ranks.shares=[]", ["ranks.shares=[]"]),
+    ("prune=wanda prune.sparsity=0.7 prune.pattern=2:4", ["prune.sparsity=0.7 contradicts prune.pattern=2:4"]),
+    ("prune=magnitude prune.sparsity=50", ["prune.sparsity=50.0 is not a share"]),
+    ("prune=magnitude prune.pattern=4:2", ["prune.pattern=4:2 is no pattern n:m"]),
+    ("prune=magnitude prune.pattern=3:5", ["64 inputs, which prune.pattern=3:5 cannot divide"]),
+    ("prune=magnitude prune.where=lrc", ["prune.where=lrc is unknown", "nlrc or all"]),
+    ("prune=wanda ranks.dense=never", ["prune=wanda with prune.where=nlrc finds no weight", "prune.where=all"]),
+    ("prune=sparsegpt prune.damping=0", ["prune.damping=0.0 is not a share"]),
+    ("svd=kfac calibration.split=test", ["calibration.split=test is unknown", "calibration or validation"]),
+    ("svd=kfac calibration.labels=gold", ["calibration.labels=gold is unknown", "text or sampled"]),
+    ("svd=kfac calibration.damping=1", ["calibration.damping=1.0 is no share"]),
+    ("svd=kfac calibration.gradient_damping=-1", ["calibration.gradient_damping=-1.0 is no share"]),
+    ("svd=kfac calibration.rounds=0", ["calibration.rounds=0 gathers nothing"]),
+    ("svd=kfac calibration.tokens=100", ["calibration.tokens=100 in windows of 512 is no whole window"]),
+    ("svd=kfac calibration.tokens=100000000", ["has", "windows of 512", "asks for 195312", "or less"]),
+    ("svd=kfac calibration.window=5000", ["calibration.window=5000", "longer than the 4096 positions"]),
+    ("svd=kfac calibration.path=/no/such.txt", ["calibration.path=/no/such.txt does not exist"]),
+    ("svd=kfac calibration=c4", ["allenai/c4 on the hub", "calibration.path="]),
+    ("amounts@calibration=huge", ["amounts", "huge", "field, laptop"]),
+    ("refine=block refine.epochs=0", ["refine has epochs=0"]),
     ("model.dtype=float8", ["model.dtype=float8 is unknown", "float32, bfloat16, float16"]),
     ("task.training.schedule=step", ["task.training.schedule=step is unknown", "cosine, linear or constant"]),
     ("task.protocol.bos=yes", ["task.protocol.bos", "is unknown", "text, window or none"]),
@@ -66,7 +99,7 @@ REFUSED = [
     ("model.config.num_attention_heads=5", ["builds no model", "num_attention_heads", "not a multiple"]),
     ("model.config.vocab_size=100", ["builds no model", "vocab_size"]),
     ("model=opt_125m", ["facebook/opt-125m cannot be loaded", "HF_HUB_OFFLINE=1 is set"]),
-    ("task=wikitext2", ["Salesforce/wikitext from the hub", "task.path="]),
+    ("task=wikitext2", ["Salesforce/wikitext on the hub", "task.path="]),
     ("model=path", ["model.path has no value"]),
     ("ranks=given", ["ranks.path has no value"]),
     ("trainer.device=tpu", ["trainer.device=tpu is unknown", "auto, cpu or gpu"]),
@@ -178,6 +211,20 @@ def short_test_text(folder, pristine):
     return [f"task.path={folder}"]
 
 
+def short_calibration_text(folder, pristine):
+    folder.mkdir()
+    (folder / "test.txt").write_text("many words " * 1000)
+    (folder / "calibration.txt").write_text("few words")
+    return [f"task.path={folder}", "svd=whitened"]
+
+
+def no_calibration_text(folder, pristine):
+    """Only the calibration has a folder of its own, in which no training text is there to take some from."""
+    folder.mkdir()
+    (folder / "test.txt").write_text("many words " * 1000)
+    return [f"calibration.path={folder}", "svd=whitened"]
+
+
 def ranks(content):
     def prepare(folder, pristine):
         folder.mkdir()
@@ -208,6 +255,15 @@ PREPARED = {
     "jsonl cut short": (text("a.jsonl", b'{"text": "wor'), ["a.jsonl", "JSONDecodeError"]),
     "no UTF-8": (text("a.txt", b"\xff\xfe\x00"), ["a.txt is no UTF-8 text", "byte 0"]),
     "text shorter than a window": (short_test_text, ["test tokens in 1 documents", "one window of 128"]),
+    "calibration text shorter than a window": (
+        short_calibration_text,
+        ["has 0 windows of 512 tokens in its split calibration", "asks for 40", "a smaller calibration.window"],
+    ),
+    "no calibration text": (no_calibration_text, ["calibration.path=", "holds no calibration text", "test.txt"]),
+    "NaN in a weight, calibrated": (
+        lambda folder, pristine: [*weights(not_a_number)(folder, pristine), "svd=whitened"],
+        ["model.layers.1.self_attn.", "NaN"],
+    ),
     "ranks of another model": (ranks('{"lm_head": 3}'), ["for another model", "lm_head", "lacks 14"]),
     "ranks that are no JSON": (ranks("rank 3"), ["cannot be read as JSON", "Expecting value"]),
     "ranks that are a list": (ranks("[3]"), ["holds a list"]),
@@ -314,7 +370,7 @@ def test_a_record_that_is_not_whole_is_not_done(content, tmp_path):
 def test_cache_files_cut_short_are_made_again(tmp_path, capsys):
     before = attempt(["mode=none"], tmp_path)
     files = [path for path in (tmp_path / ".cache").rglob("*") if path.is_file()]
-    assert {path.parent.name for path in files} >= {"spectra", "bases", "tokens", "dense"}
+    assert {path.parent.name for path in files} >= {"components", "tokens", "dense"}
     sizes = {path: path.stat().st_size for path in files}
     for path in files:
         path.write_bytes(path.read_bytes()[: sizes[path] // 2])

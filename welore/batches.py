@@ -65,10 +65,11 @@ def calibration_windows(calibration: Calibration, tokenizer: Any, cache: Cache) 
     texts = calibration.documents(calibration.split, calibration.seed)
     rows = list(islice(_packed(texts, tokenizer, cache, length), wanted))
     if len(rows) < wanted:
+        less = f"calibration.tokens={len(rows) * length} or less" if rows else "a smaller calibration.window"
         raise Refused(
             f"calibration={calibration.name} has {len(rows)} windows of {length} tokens in its split "
             f"{calibration.split}, and calibration.tokens={calibration.tokens} asks for {wanted}. Write "
-            f"calibration.tokens={max(1, len(rows)) * length} or less, or calibration.split=train for more text."
+            f"{less}, or calibration.split=train for more text."
         )
     return torch.tensor(rows)
 

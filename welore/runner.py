@@ -228,6 +228,8 @@ def _check_positions(model: PreTrainedModel, config: Config) -> None:
     lengths = {"task.protocol.window": config.task.protocol.window}
     if config.mode.trains:
         lengths["task.training.length"] = config.task.training.length
+    if config.needs:
+        lengths["calibration.window"] = config.calibration.window
     for key, length in lengths.items():
         if limit is not None and length > limit:
             raise Refused(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar
 
 from welore.cache import digest
 from welore.errors import Refused
@@ -115,6 +116,7 @@ class Training:
 class Texts:
     """A source of texts. `path` puts a local file or folder (jsonl, txt, raw) in the place of the source."""
 
+    where: ClassVar[str]  # `task` or `calibration`, for messages
     name: str
     path: str | None
 
@@ -122,7 +124,7 @@ class Texts:
         """The texts of a split; those of `train` and `calibration` in an order that depends on the seed."""
         if self.path is None:
             return self._source(split, seed)
-        texts = iter(local_split(Path(self.path), split))
+        texts = iter(local_split(Path(self.path), split, self.where))
         return shuffled(texts, seed) if split in SHUFFLED else texts
 
     def _source(self, split: str, seed: int) -> Iterator[str]:
@@ -132,7 +134,7 @@ class Texts:
         """The content of the local files behind `path`, so that a changed file is another experiment."""
         if self.path is None:
             return ""
-        files = text_files(Path(self.path))
+        files = text_files(Path(self.path), self.where)
         return digest(*(part for file in files for part in (file.name, _content(file, file.stat().st_mtime_ns))))
 
 
@@ -189,6 +191,7 @@ class Hub(Texts):
 class Task:
     """Texts, how perplexity is measured on them, and how much is trained. A source of texts is mixed in."""
 
+    where: ClassVar[str] = "task"
     protocol: Protocol
     training: Training
 
@@ -214,6 +217,7 @@ class Calibration:
     `predict` gathers gradients, for the predicted damage, although no option needs them.
     """
 
+    where: ClassVar[str] = "calibration"
     split: str
     tokens: int
     window: int

@@ -32,12 +32,13 @@ def hashed_split(texts: list[str], split: str) -> list[str]:
     return [text for text in texts if start <= int(digest(text), 16) % 100 < start + SHARES[split]]
 
 
-def text_files(path: Path) -> list[Path]:
+def text_files(path: Path, where: str = "task") -> list[Path]:
+    """The files behind the path of the texts of `where`, which is `task` or `calibration`."""
     if not path.exists():
-        raise Refused(f"task.path={path} does not exist. The working folder is {Path.cwd()}.")
+        raise Refused(f"{where}.path={path} does not exist. The working folder is {Path.cwd()}. Give the full path.")
     files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".jsonl", ".txt", ".raw"))
     if not files:
-        raise Refused(f"task.path={path} holds no .jsonl, .txt or .raw file.")
+        raise Refused(f"{where}.path={path} holds no .jsonl, .txt or .raw file.")
     return files
 
 
@@ -79,9 +80,9 @@ def _split_of(file: Path) -> str | None:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
-def local_split(path: Path, split: str) -> list[str]:
+def local_split(path: Path, split: str, where: str = "task") -> list[str]:
     """Files named after their split serve that split; where none is held out by name, all documents are pooled."""
-    files = text_files(path)
+    files = text_files(path, where)
     named = {split: [f for f in files if _split_of(f) == split] for split in SPLITS}
     if named["test"] or named["validation"]:
         texts = [text for file in named[split] for text in read_documents(file, alone=False)]
@@ -93,8 +94,8 @@ def local_split(path: Path, split: str) -> list[str]:
         texts = hashed_split([t for file in files for t in read_documents(file, alone=path.is_file())], split)
     if not texts:
         raise Refused(
-            f"task.path={path} holds no {split} text. Its files are {[f.name for f in files]}. Give more documents, "
-            f"or files named after their split (train.jsonl, validation.jsonl, test.jsonl)."
+            f"{where}.path={path} holds no {split} text. Its files are {[f.name for f in files]}. Give more "
+            f"documents, or files named after their split (train.jsonl, validation.jsonl, test.jsonl)."
         )
     return texts
 
