@@ -1,4 +1,5 @@
 from copy import deepcopy
+from dataclasses import replace as changed
 
 import pytest
 import torch
@@ -6,13 +7,15 @@ from conftest import FAMILIES
 
 from welore.allocate import Lagrange
 from welore.cache import Cache
-from welore.compress import Coordinates, factorize, read_spectra, resolve, weight_digests
+from welore.calibrate import Statistics, calibrate
+from welore.compress import Coordinates, factorize, predict, read_spectra, resolve, weight_digests
 from welore.errors import Refused
 from welore.evaluate import causal_loss, perplexity
 from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.modes import Lrc, select
+from welore.moments import Needs
 from welore.ranks import Budget, Welore, tally
-from welore.svd import Plain
+from welore.svd import Kfac, Plain, Whitened, predicted_nats
 
 WINDOWS_BL = (torch.arange(96).view(4, 24) * 7 + 3) % 67
 
@@ -93,6 +96,50 @@ def test_factors_from_the_cache_are_those_made_anew(pristine, tmp_path):
         plan = Welore("welore", "minmax", "half", "plain").plan(spectra, Budget(err=0.3))
         factorize(model, plan, plain(model, cache))
     assert weight_digests(models[0]) == weight_digests(models[1]) != weight_digests(pristine[0])
+
+
+@pytest.fixture
+def calibrated(model, cache, tmp_path):
+    """A function of an svd option to the coordinates of the tiny model, with statistics of every kind, undamped."""
+    calibrate(model, WINDOWS_BL, Needs.WEIGHT_GRADIENTS, tmp_path)
+    statistics = Statistics(tmp_path, Needs.WEIGHT_GRADIENTS, f"compress {tmp_path}", 0.0, 0.0)
+    return lambda svd: Coordinates(svd, weight_digests(model), cache, statistics)
+
+
+@pytest.mark.parametrize("svd", [Plain("plain", "none"), Kfac("kfac", "none")], ids=["plain", "kfac"])
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"])
+def test_the_slope_of_a_component_is_how_the_loss_changes_while_it_goes(model, calibrated, svd, name):
+    """Central differences of the loss of the whole model per token, while 2 % of the component come and go."""
+    chosen, module = calibrated(svd), components(model)[name]
+    slope_K, (A_MK, B_KN) = chosen.valued(name, module).slope_K, chosen.factors(name, module, 16)
+    model.double()
+    W_MN, scale = module.weight.data.clone(), float(slope_K.abs().max())
+    assert scale > 0
+    for k in (0, 1, 7):
+        losses = []
+        for share in (0.02, -0.02):
+            module.weight.data = W_MN - share * torch.outer(A_MK[:, k], B_KN[k]).double()
+            logits_TV = model(WINDOWS_BL).logits[:, :-1].flatten(0, 1)
+            total = torch.nn.functional.cross_entropy(logits_TV, WINDOWS_BL[:, 1:].flatten(), reduction="sum")
+            losses.append(float(total) / WINDOWS_BL.numel())
+        assert (losses[0] - losses[1]) / 0.04 == pytest.approx(float(slope_K[k]), rel=1e-2, abs=1e-3 * scale)
+
+
+def test_the_predicted_damage_of_a_plan_is_half_what_kfac_drops_and_is_least_in_its_own_coordinates(model, calibrated):
+    spectra = read_spectra(model, calibrated(Kfac("kfac", "none")))
+    plan = tally({name: len(spectrum.sigma_K) // 2 for name, spectrum in spectra.items()}, spectra)
+    dropped = sum(float(s.sigma_K[plan.ranks[name] :].square().sum()) / 2 for name, s in spectra.items())
+    options = (Kfac("kfac", "none"), Whitened("whitened", "none"), Plain("plain", "none"))
+    damage = [predict(model, plan, calibrated(svd)) for svd in options]
+    assert damage[0] == pytest.approx(dropped) and damage[0] < min(damage[1:])
+    by_the_change = sum(
+        predicted_nats(module.weight - A_MR @ B_RN, calibrated(options[0]).statistics.of(name))
+        for name, module in components(model).items()
+        for A_MR, B_RN in [calibrated(options[0]).factors(name, module, plan.ranks[name])]
+    )
+    assert damage[0] == pytest.approx(by_the_change, rel=1e-4)
+    inputs_alone = changed(calibrated(options[1]).statistics, needs=Needs.INPUTS)
+    assert predict(model, plan, changed(calibrated(options[1]), statistics=inputs_alone)) is None
 
 
 def test_a_plan_cuts_the_weights_that_it_names_and_no_other(model, compress):
