@@ -97,15 +97,17 @@ def factorize_in_sequence(
     layers = tqdm(stream.layers, desc="in sequence", unit="layer", leave=False)
     for number, prefix in enumerate(layers):
         cut = {name: rank for name, rank in plan.factored.items() if name.startswith(f"{prefix}.")}
-        pairs = Pairs({name: components(model)[name] for name in cut})
+        fitted = cut if coordinates.svd.sequential != "none" else {}
+        pairs = Pairs({name: components(model)[name] for name in fitted})
         for batch, (dense_BLD, own_BLD) in enumerate(zip(dense, own, strict=True)):
             with pairs.seeing(compressed=False):
                 dense[batch] = stream.through(number, dense_BLD).cpu()
-            with pairs.seeing(compressed=True):
-                stream.through(number, own_BLD)
+            if fitted:
+                with pairs.seeing(compressed=True):
+                    stream.through(number, own_BLD)
         for name, rank in cut.items():
             module = model.get_submodule(name)
-            A_MR, B_RN = _fitted(name, module, rank, coordinates, *pairs.means(name))
+            A_MR, B_RN = _factors(name, module, rank, coordinates, pairs)
             replace(model, name, LowRankLinear.of(A_MR, B_RN, bias_of(module)))
         if refine.refines and cut:
             factors = [
@@ -118,11 +120,10 @@ def factorize_in_sequence(
     return refined
 
 
-def _fitted(
-    name: str, module: nn.Module, rank: int, coordinates: Coordinates, own_NN: Tensor, cross_NN: Tensor
-) -> tuple[Tensor, Tensor]:
+def _factors(name: str, module: nn.Module, rank: int, coordinates: Coordinates, pairs: Pairs) -> tuple[Tensor, Tensor]:
     if coordinates.svd.sequential == "none":
         return coordinates.factors(name, module, rank)
+    own_NN, cross_NN = pairs.means(name)
     moments = coordinates.statistics.of(name, own_NN.device)
     if coordinates.svd.sequential == "update":
         A_MR, B_RN = coordinates.factors(name, module, rank)
