@@ -5,8 +5,8 @@ import torch
 from conftest import FAMILIES
 
 from welore.batches import calibration_windows
-from welore.calibrate import Statistics, Stream, calibrate, gather
 from welore.cache import Cache
+from welore.calibrate import Statistics, Stream, calibrate, gather
 from welore.compress import weight_digests
 from welore.errors import Refused
 from welore.evaluate import causal_loss
@@ -145,3 +145,21 @@ def test_statistics_that_are_not_finite_are_refused_by_name(model, tmp_path):
     found.of("model.layers.0.self_attn.q_proj")
     with pytest.raises(Refused, match=r"layers\.1\.self_attn\.q_proj \(inputs\)"):
         found.of("model.layers.1.self_attn.q_proj")
+
+
+def test_statistics_under_autocast_are_summed_in_float32(model, tmp_path):
+    """The sums of a pass in bfloat16 are those of its inputs, to the rounding of float32 and not of bfloat16."""
+    seen: dict[str, list] = {name: [] for name in components(model)}
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0].detach().double()))
+        for name, module in components(model).items()
+    ]
+    found = statistics(model, Needs.INPUTS, tmp_path, dtype="bfloat16")
+    for handle in handles:
+        handle.remove()
+    for name, inputs in seen.items():
+        x_TN = inputs[-1].flatten(0, -2)  # of the one batch; the passes before it check and record the calls
+        expected = x_TN.T @ x_TN / len(x_TN)
+        moment = found.of(name).inputs_NN
+        assert (moment.double() - expected).norm() < 1e-5 * expected.norm()
+        assert torch.linalg.eigvalsh(moment.double()).min() > -1e-6 * float(moment.diagonal().mean())

@@ -28,10 +28,10 @@ from welore.cache import Cache, digest
 from welore.errors import Refused
 from welore.evaluate import FORWARD_TOKENS, autocast, causal_loss
 from welore.models import components, decoder_layers
-from welore.moments import Moments, Needs, check_finite
+from welore.moments import Moments, Needs, check_finite, summed
 from welore.tasks import Calibration
 
-FORMAT = "2"  # raised when more is kept, or otherwise: older statistics are then gathered again
+FORMAT = "3"  # raised when more is kept, or otherwise: older statistics are then gathered again
 INDEX = "index.json"  # written last: a folder without it is not whole
 LEVELS = {
     "inputs_NN": Needs.INPUTS,
@@ -85,7 +85,14 @@ def gather(
     """
     sampled = f"sampled {calibration.seed}" if calibration.labels == "sampled" else "text"
     pairs = (part for item in weights.items() for part in item)
-    key = digest(FORMAT, *pairs, windows_BL.numpy().tobytes(), str(tuple(windows_BL.shape)), f"{dtype} {sampled}")
+    key = digest(
+        FORMAT,
+        model.config.to_json_string(),
+        *pairs,
+        windows_BL.numpy().tobytes(),
+        str(tuple(windows_BL.shape)),
+        f"{dtype} {sampled}",
+    )
     root = cache.folder / "statistics"
     levels = [root / f"{key}-{level.name.lower()}" for level in Needs if level >= needs]
     folder = next((folder for folder in levels if (folder / INDEX).exists()), levels[0])
@@ -253,16 +260,16 @@ class Sums:
         if same:
             return
         self._last = x, name
-        self._add(name, "inputs_NN", x_TN.T @ x_TN)
+        self._add(name, "inputs_NN", summed(x_TN, x_TN))
         self._add(name, "absolute_N", x_TN.abs().sum(0))
 
     def _gradients(self, name: str, g: Tensor, x_TN: Tensor, windows: int) -> None:
         g_TM = g.detach().reshape(-1, g.shape[-1]).float()
-        self._add(name, "gradients_MM", g_TM.T @ g_TM)
+        self._add(name, "gradients_MM", summed(g_TM, g_TM))
         if self.needs < Needs.WEIGHT_GRADIENTS:
             return
         for g_LM, x_LN in zip(g_TM.chunk(windows), x_TN.chunk(windows), strict=True):
-            W_gradient_MN = g_LM.T @ x_LN
+            W_gradient_MN = summed(g_LM, x_LN)
             self._add(name, "gradient_MN", W_gradient_MN)
             self._add(name, "fisher_N", W_gradient_MN.square().mean(0))
         self.windows[name] += windows
@@ -277,7 +284,7 @@ class Sums:
         """E[gg^T] of what the whole layer puts out, kept under the name of the layer."""
         for g_BLD in gradients:
             g_TD = g_BLD.flatten(0, 1).float()
-            self._add(layer, "gradients_MM", g_TD.T @ g_TD)
+            self._add(layer, "gradients_MM", summed(g_TD, g_TD))
             self.tokens[layer] += len(g_TD)
 
     def means(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
@@ -366,7 +373,7 @@ def _backward(
         drawn = stream.sampled_labels(ids_BL, hidden_BLD, generator) if labels == "sampled" else None
         hidden_BLD = hidden_BLD.detach().requires_grad_(True)
         total, _ = stream.loss(ids_BL, hidden_BLD, drawn)
-        gradients.append(torch.autograd.grad(total, hidden_BLD)[0])
+        gradients.append(torch.autograd.grad(total, hidden_BLD)[0].cpu())
     index = {}
     for number, prefix in reversed(list(enumerate(stream.layers))):
         sums = Sums(_of_layer(weights, prefix), needs, stream.batches[0].shape)
@@ -385,7 +392,7 @@ def _backward(
 def _layer_gradient(stream: Stream, number: int, hidden_BLD: Tensor, gradient_BLD: Tensor) -> Tensor:
     hidden_BLD = hidden_BLD.detach().requires_grad_(True)
     output_BLD = stream.through(number, hidden_BLD)
-    return torch.autograd.grad(output_BLD, hidden_BLD, gradient_BLD.to(output_BLD))[0]
+    return torch.autograd.grad(output_BLD, hidden_BLD, gradient_BLD.to(output_BLD))[0].cpu()
 
 
 def _save(sums: Sums, folder: Path, number: int) -> dict[str, dict[str, Any]]:

@@ -53,15 +53,23 @@ class Moments:
         return damped(self.gradients_MM, self.gradient_damping)
 
 
+def summed(left_TM: Tensor, right_TN: Tensor) -> Tensor:
+    """The sum over tokens of left right^T in float32, also where autocast would form it in bfloat16.
+
+    The eigenvalues of a second moment span many orders of magnitude, and 8 bits would leave the larger ones only.
+    """
+    with torch.autocast(left_TM.device.type, enabled=False):
+        return left_TM.float().T @ right_TN.float()
+
+
 def damped(moment: Tensor, damping: float) -> Tensor:
     """(1 - a) C + a mean(diag C) I in float64; the identity where C is 0, for such a weight saw nothing."""
-    C = moment.double()
+    C = moment.detach().to(torch.float64, copy=True)
     diagonal = C if C.ndim == 1 else C.diagonal()
-    scale = diagonal.mean()
-    if scale == 0:
-        return torch.ones_like(C) if C.ndim == 1 else torch.eye(len(C), dtype=C.dtype, device=C.device)
-    identity = torch.ones_like(C) if C.ndim == 1 else torch.eye(len(C), dtype=C.dtype, device=C.device)
-    return (1 - damping) * C + damping * scale * identity
+    scale = float(diagonal.mean())
+    C.mul_(1 - damping)
+    diagonal.add_(damping * scale if scale else 1.0)
+    return C
 
 
 def times(rows: Tensor, metric: Metric) -> Tensor:

@@ -21,8 +21,7 @@ from welore.calibrate import Stream
 from welore.compress import Coordinates, bias_of, dense_weight
 from welore.errors import Refused
 from welore.lowrank import LowRankLinear, replace
-from welore.models import components
-from welore.moments import damped
+from welore.moments import damped, summed
 from welore.ranks import Plan
 from welore.refine import Refine
 from welore.svd import decompose
@@ -37,6 +36,8 @@ class Pairs:
         self.own: dict[str, Tensor] = {}
         self.cross: dict[str, Tensor] = {}
         self.tokens = dict.fromkeys(weights, 0)
+        self.owner: dict[str, str] = {}  # a weight to the first that has the same input
+        self._last: tuple[Tensor, str] | None = None
 
     @contextmanager
     def seeing(self, compressed: bool) -> Iterator[None]:
@@ -52,17 +53,24 @@ class Pairs:
                 handle.remove()
 
     def _keep(self, name: str, x: Tensor) -> None:
-        self.dense[name] = x.reshape(-1, x.shape[-1]).float()
+        same = self._last is not None and self._last[0] is x
+        self.owner[name] = self._last[1] if same else name
+        if not same:
+            self._last = x, name
+            self.dense[name] = x.reshape(-1, x.shape[-1])
 
     def _pair(self, name: str, x: Tensor) -> None:
-        x_TN, dense_TN = x.reshape(-1, x.shape[-1]).float(), self.dense.pop(name, x.new_empty(0, x.shape[-1]))
+        if self.owner.get(name, name) != name:
+            return
+        x_TN, dense_TN = x.reshape(-1, x.shape[-1]), self.dense.pop(name, x.new_empty(0, x.shape[-1]))
         if len(x_TN) != len(dense_TN):
             raise _unpaired(name, f"sees {len(dense_TN)} tokens of a batch in the dense model and {len(x_TN)}")
         self.tokens[name] += len(x_TN)
         for sums, left_TN in ((self.own, x_TN), (self.cross, dense_TN)):
-            sums[name] = sums.get(name, 0) + left_TN.T @ x_TN
+            sums[name] = sums.get(name, 0) + summed(left_TN, x_TN)
 
     def means(self, name: str) -> tuple[Tensor, Tensor]:
+        name = self.owner.get(name, name)
         if self.tokens[name] == 0:
             raise _unpaired(name, "sees no token in the dense model or none")
         return self.own[name] / self.tokens[name], self.cross[name] / self.tokens[name]
@@ -98,7 +106,7 @@ def factorize_in_sequence(
     for number, prefix in enumerate(layers):
         cut = {name: rank for name, rank in plan.factored.items() if name.startswith(f"{prefix}.")}
         fitted = cut if coordinates.svd.sequential != "none" else {}
-        pairs = Pairs({name: components(model)[name] for name in fitted})
+        pairs = Pairs({name: model.get_submodule(name) for name in fitted})
         for batch, (dense_BLD, own_BLD) in enumerate(zip(dense, own, strict=True)):
             with pairs.seeing(compressed=False):
                 dense[batch] = stream.through(number, dense_BLD).cpu()

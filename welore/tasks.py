@@ -210,7 +210,8 @@ class HubTask(Task, Hub):
 class Calibration:
     """On how much text statistics are gathered: about `tokens` tokens of a split, in windows that `seed` chooses.
 
-    Documents are joined by the end-of-sequence token, in an order fixed by the seed (those of `validation` in their own). `labels` are the next tokens of
+    Documents are joined by the end-of-sequence token, in an order fixed by the seed; those of `validation` stay in
+    their own. `labels` are the next tokens of
     the `text`, or `sampled` from the model (E[gg^T] is then the true Fisher in place of the empirical one).
     Metrics are damped, (1 - a) C + a mean(diag C) I, by `damping` for E[xx^T] and `gradient_damping` for E[gg^T].
     After the first of several `rounds` the statistics are those of the model that the round before has compressed.
