@@ -34,7 +34,7 @@ class Request:
 def names() -> list[str]:
     """The modules here that are named after a table or a figure of the paper, and the comparison that it lacks."""
     found = [path.stem for path in Path(__file__).parent.glob("*.py")]
-    return sorted(name for name in found if re.fullmatch(r"(v\d_)?(table|figure)\d+|equal_budget", name))
+    return sorted(name for name in found if re.fullmatch(r"(v\d_)?(table|figure)\d+|equal_budget|ablation", name))
 
 
 def parse(arguments: Sequence[str]) -> Request:

@@ -25,7 +25,7 @@ KEEPS = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
 _WELORE = {"ranks": "welore", "ranks.dense": "break_even"}
 PAIRS = {
     "plain + uniform": {"svd": "plain", "ranks": "uniform"},
-    "plain + welore": {"svd": "plain", "ranks": "welore"},
+    "plain + welore": {"svd": "plain", **_WELORE},
     "asvd + sensitivity": {"svd": "asvd", "ranks": "sensitivity"},
     "whitened + uniform": {"svd": "whitened", "ranks": "uniform"},
     "whitened + welore": {"svd": "whitened", **_WELORE, "ranks.spectrum": "plain"},
@@ -37,6 +37,7 @@ PAIRS = {
     "kfac + lagrange": {"svd": "kfac", "ranks": "lagrange"},
 }
 BEST = "kfac + lagrange"
+TOLERANCE = 0.005  # of keep, within which two pairs count as equal
 WITHIN = 0.6, 1.0  # of predicted over measured damage, the goal
 
 Found = dict[tuple[str, float, str], Row]  # by text, keep and pair; without those that are missing
@@ -142,14 +143,18 @@ def claims(found: Found, calibrated: str, known: Sequence[str], pairs: Sequence[
 
 
 def better(found: Found, text: str, pair: str, others: Sequence[str]) -> Outcomes:
-    """Whether a pair has a lower perplexity than each of the others, at every keep."""
-    numbers = {place: row.perplexity for place, row in found.items()}
+    """Whether a pair has a lower perplexity than each of the others, at every keep that all of them come close to."""
+    numbers = {place: row.perplexity for place, row in found.items() if _on_budget(row)}
     return {
         f"{text} {keep:g}": least(
             numbers.get((text, keep, pair)), [numbers.get((text, keep, other)) for other in others]
         )
         for keep in KEEPS
     }
+
+
+def _on_budget(row: Row) -> bool:
+    return abs(row.number(metrics.KEEP) - row.cell["keep"]) <= TOLERANCE
 
 
 def predicts(found: Found, text: str, pairs: Sequence[str]) -> Outcomes:

@@ -4,6 +4,7 @@ A rank of `None` means that the weight stays dense. A weight that is factored (L
 one that stays dense (N-LRC) stores m n.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,10 +57,11 @@ class Budget:
         if least <= self.limit(spectra):
             return
         share = least / self.total(spectra)
-        limit = f"err={1 - share:.3f}" if self.keep is None else f"keep={share:.3f}"
-        raise Refused(
-            f"{self} is out of reach: the most that can be removed here is {limit}. Ask for less, {instead}."
-        )
+        if self.keep is None:
+            limit = f"the largest err here is {math.floor((1 - share) * 1000) / 1000:.3f}: write that or less"
+        else:
+            limit = f"the smallest keep here is {math.ceil(share * 1000) / 1000:.3f}: write that or more"
+        raise Refused(f"{self} is out of reach: {limit}, {instead}.")
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def predict(model: PreTrainedModel, plan: Plan, coordinates: Coordinates) -> flo
             total += 0.5 * float(coordinates.spectrum(name, module).sigma_K[rank:].square().sum())
         else:
             A_MR, B_RN = coordinates.factors(name, module, rank)
-            dW_MN = dense_weight(module).double() - A_MR.double() @ B_RN.double()
+            dW_MN = dense_weight(module).float() - A_MR.float() @ B_RN.float()
             total += predicted_nats(dW_MN, coordinates.statistics.of(name, dW_MN.device))
     return total
 

@@ -3,7 +3,7 @@
 A pruned weight is a dense tensor with zeros in it. It takes as many bytes and as much time as before, unless a kernel
 knows how to skip the zeros: what is counted here is zeros, never parameters or bytes saved.
 
-The statistics are those of the one calibration pass over the model before it is compressed. The authors of Wanda and
+The statistics are those that the model was compressed with. The authors of Wanda and
 SparseGPT go on layer by layer, on what the pruned layers before give.
 
 Shape suffixes: M = out_features, N = in_features, R = rank.

@@ -56,6 +56,7 @@ def compress(
     """
     windows_BL = calibration_windows(config.calibration, tokenizer, cache) if config.needs else None
     rounds = config.calibration.rounds if config.needs else 1
+    safer: list[str] = []
     for number in range(rounds):
         statistics = None
         if config.needs:
@@ -74,16 +75,20 @@ def compress(
         else:
             autocast, refine = config.model.autocast, config.refine
             refined = factorize_in_sequence(model, plan, coordinates, windows_BL, autocast, refine)
-            before, after = (sum(nats) for nats in zip(*refined, strict=True)) if refined else (None, None)
-            record.metrics |= {metrics.REFINED_FROM.key: before, metrics.REFINED_TO.key: after}
+            if refined:
+                # Each layer is off from the dense stream, so the last one holds what is left of all before it.
+                record.metrics |= dict(
+                    zip((metrics.REFINED_FROM.key, metrics.REFINED_TO.key), refined[-1], strict=True)
+                )
+        safer += [f"{name}: {note}" for name, note in coordinates.notes.items()]
     if config.prune.prunes:
         pruned = prune_model(config.prune, components(model), lambda name: statistics.of(name, model.device))
         record.metrics |= sparsity(pruned, "compress")
-        coordinates.notes.update(note.split(": ", 1) for note in pruned["notes"])
+        safer += pruned["notes"]
     record.metrics[metrics.PREDICTED_NATS.key] = nats
-    record.environment["safer"] = dict(coordinates.notes)
-    for name, note in coordinates.notes.items():
-        announce(f"{name}: {note}")
+    record.environment["safer"] = safer
+    for note in safer:
+        announce(note)
     return plan
 
 
@@ -142,6 +147,16 @@ def _announce(plan: Plan, config: Config, nats: float | None) -> None:
     lrc = f"{len(plan.factored)} of {len(plan.ranks)} LRC"
     damage = "" if nats is None else f", predicted damage {nats:.4f} nats"
     announce(f"asked {config.asked}: err {plan.err:.4f}, keep {plan.keep:.4f}, {lrc}{damage}")
+    asked, got = (config.keep, plan.keep) if config.err is None else (config.err, plan.err)
+    if asked is not None and abs(asked - got) > 0.01:
+        announce(
+            f"this is {abs(asked - got):.3f} off: ranks.dense={getattr(config.ranks, 'dense', None)} allows no nearer"
+        )
+    value = getattr(config.ranks, "value", None)
+    if value == "energy" and config.svd.name != "kfac":
+        announce(
+            "ranks.value=energy compares layers in nats with svd=kfac alone; write ranks.value=fisher or relative"
+        )
 
 
 def sparsity(counts: dict[str, Any], stage: str) -> dict[str, Any]:
