@@ -226,9 +226,10 @@ def test_values_that_the_spectra_do_not_hold_are_refused(value):
 
 
 @pytest.mark.parametrize("value", ["energy", "first_order"])
-@pytest.mark.parametrize(
-    ("budget", "most"), [(Budget(err=0.99), "err=0.9[0-9]+"), (Budget(keep=0.01), "keep=0.0[0-9]+")]
-)
-def test_a_budget_out_of_reach_is_refused_with_the_most_that_can_be_removed(budget, most, value):
-    with pytest.raises(Refused, match=f"{budget} is out of reach: the .* here is {most}"):
+@pytest.mark.parametrize("budget", [Budget(err=0.99), Budget(keep=0.01)])
+def test_a_budget_out_of_reach_is_refused_with_what_can_be_asked_for(budget, value):
+    with pytest.raises(
+        Refused,
+        match=f"{budget} is out of reach: the (largest err|smallest keep) here is [0-9.]+: write that or (less|more)",
+    ):
         Lagrange("lagrange", value, "same", 1, "break_even").plan(random_spectra(0, MODEL), budget)
