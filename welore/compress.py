@@ -26,7 +26,7 @@ from welore.lowrank import LowRankLinear, factored_ranks, replace
 from welore.models import components, count_bytes, flops_per_token
 from welore.moments import Needs
 from welore.ranks import Budget, Evidence, Plan, Ranks, tally
-from welore.svd import Components, Kfac, Plain, Spectrum, Svd, decompose, predicted_nats, singular_values, valued
+from welore.svd import Components, Plain, Spectrum, Svd, decompose, predicted_nats, singular_values, valued
 
 Weight = nn.Linear | LowRankLinear
 T = TypeVar("T")
@@ -221,7 +221,7 @@ def predict(model: PreTrainedModel, plan: Plan, coordinates: Coordinates) -> flo
         module = model.get_submodule(name)
         if isinstance(module, LowRankLinear) and module.rank == rank:
             continue
-        if isinstance(coordinates.svd, Kfac):
+        if coordinates.svd.in_nats:
             total += 0.5 * float(coordinates.spectrum(name, module).sigma_K[rank:].square().sum())
         else:
             A_MR, B_RN = coordinates.factors(name, module, rank)

@@ -107,6 +107,12 @@ class Config:
             if value is not None and not 0 < value <= 1:
                 raise Refused(f"{key}={value} is not a fraction in (0, 1]. To keep 80 % write {key}=0.8.")
 
+        if self.calibration.rounds > 1 and not self.needs:
+            raise Refused(
+                f"calibration.rounds={self.calibration.rounds}, and svd={self.svd.name} with ranks={self.ranks.name} "
+                f"needs no statistics. Write calibration.rounds=1, or an option that needs some, such as svd=kfac."
+            )
+
     @property
     def budget(self) -> ranks.Budget:
         return ranks.Budget(self.err, self.keep, self.bytes, self.flops)

@@ -16,8 +16,9 @@ from welore.config import compose
 from welore.errors import Interrupted, Refused
 
 OUT_OF_MEMORY = (
-    "Raise task.training.accumulate, which divides a step into more passes, lower task.training.length, or take "
-    "mode=welore or mode=lora, which train fewer parameters."
+    "Where it calibrates: lower calibration.tokens or calibration.window. Where it trains: raise "
+    "task.training.accumulate, which divides a step into more passes, lower task.training.length, or take mode=welore "
+    "or mode=lora, which train fewer parameters."
 )
 TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)

@@ -153,7 +153,7 @@ def _announce(plan: Plan, config: Config, nats: float | None) -> None:
             f"this is {abs(asked - got):.3f} off: ranks.dense={getattr(config.ranks, 'dense', None)} allows no nearer"
         )
     value = getattr(config.ranks, "value", None)
-    if value == "energy" and config.svd.name != "kfac":
+    if value == "energy" and not config.svd.in_nats:
         announce(
             "ranks.value=energy compares layers in nats with svd=kfac alone; write ranks.value=fisher or relative"
         )

@@ -2,7 +2,8 @@
 
 Let x be the input of a weight in the dense model and x~ the one in the compressed model. `update` keeps B and solves
 for the A whose outputs are closest to W x~ (SVD-LLM). `anchored` decomposes W E[x x~^T] E[x~ x~^T]^-1, the weight that
-makes the best of x~ towards the dense outputs W x, with the metric E[x~ x~^T] on its inputs (AA-SVD).
+makes the best of x~ towards the dense outputs W x (AA-SVD); whitened and kfac take E[x~ x~^T] for their metric, the
+other coordinates stay what they are. Inside one layer every weight is fitted while the others are still dense.
 With a refinement, the factors of each layer are then trained towards what the dense layer puts out.
 
 Shape suffixes: M = out_features, N = in_features, R = rank, T = tokens.

@@ -37,6 +37,7 @@ class Svd:
     """
 
     needs: ClassVar[Needs] = Needs.NOTHING
+    in_nats: ClassVar[bool] = False  # whether half the dropped energy is a loss increase
     name: str
     sequential: str
 
@@ -98,6 +99,7 @@ class Kfac(Svd):
     """T_L = E[gg^T]^(1/2), T_R = E[xx^T]^(1/2): minimizes the loss increase in nats that K-FAC predicts."""
 
     needs: ClassVar[Needs] = Needs.GRADIENTS
+    in_nats: ClassVar[bool] = True
 
     def metrics(self, moments: Moments | None) -> tuple[Metric, Metric]:
         return moments.gradient_metric(), moments.input_metric()
