@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from welore.batches import calibration_windows
 from welore.cache import Cache
@@ -10,6 +11,7 @@ from welore.calibrate import Statistics, Stream, calibrate, gather
 from welore.compress import weight_digests
 from welore.errors import Refused
 from welore.evaluate import causal_loss
+from welore.measure import GIB, peak_memory
 from welore.models import components
 from welore.moments import Needs
 
@@ -163,3 +165,21 @@ def test_statistics_under_autocast_are_summed_in_float32(model, tmp_path):
         moment = found.of(name).inputs_NN
         assert (moment.double() - expected).norm() < 1e-5 * expected.norm()
         assert torch.linalg.eigvalsh(moment.double()).min() > -1e-6 * float(moment.diagonal().mean())
+
+
+@pytest.mark.slow
+def test_calibration_holds_the_statistics_of_one_layer_at_a_time(tmp_path):
+    """Beside the model: hidden states, the sums of one layer and their copy; never those of all layers."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    config = AutoConfig.for_model("llama", vocab_size=512, num_key_value_heads=8, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    windows_BL = torch.randint(0, 512, (8, 128))
+    one_layer = 4 * (3 * 512**2 + 2048**2 + 4 * 512**2 + 2 * 2048**2 + 2 * 512**2)
+    with peak_memory(torch.device("cpu")) as before:
+        held = before.gib
+    with peak_memory(torch.device("cpu")) as peak:
+        calibrate(model, windows_BL, Needs.GRADIENTS, tmp_path)
+        extra = (peak.gib - held) * GIB
+    on_disk = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    assert on_disk == pytest.approx(12 * one_layer, rel=0.01)
+    assert extra < 3 * one_layer + 100 * 2**20 < on_disk / 2  # sums, their copy, one product; what a layer runs in
