@@ -52,7 +52,10 @@ REFUSED = [
     ("ranks.spectrum=whitened", ["ranks.spectrum=whitened is unknown", "plain, same"]),
     ("ranks=lagrange ranks.value=nats", ["ranks.value=nats is unknown", "energy", "fisher"]),
     ("ranks=lagrange ranks.multiple=0", ["ranks.multiple=0 is no count"]),
-    ("ranks=lagrange ranks.multiple=64 ranks.dense=never keep=0.3", ["keep=0.3", "Ask for"]),
+    (
+        "ranks=lagrange ranks.multiple=64 ranks.dense=never keep=0.3",
+        ["keep=0.3", "the smallest keep here is", "ranks.multiple"],
+    ),
     ("ranks=owl ranks.per=layer", ["ranks.per=layer is unknown", "block, matrix"]),
     ("ranks=sensitivity ranks.shares=[]", ["ranks.shares=[]"]),
     ("prune=wanda prune.sparsity=0.7 prune.pattern=2:4", ["prune.sparsity=0.7 contradicts prune.pattern=2:4"]),
