@@ -62,7 +62,7 @@ def summary(record: Record, folder: Path) -> str:
         )
     pairs += [("seconds", f"{record.seconds:.0f}"), ("device", record.environment["device"])]
     return "\n".join(
-        [*lines, *(f"{title:32}{value}" for title, value in pairs), f"{'record':32}{folder / 'record.json'}"]
+        [*lines, *(f"{title:36}{value}" for title, value in pairs), f"{'record':36}{folder / 'record.json'}"]
     )
 
 
