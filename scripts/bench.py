@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,20 +163,28 @@ class Steps:
         self.optimizer.zero_grad()
 
 
-def flops_limit(model: nn.Module) -> float:
-    """How much faster LRC-only steps could be than full ones: FLOPs of forward, input and weight gradients.
+def flops_limit(model: nn.Module, length: int) -> dict[str, float]:
+    """How much faster LRC-only steps could be than full ones, by the FLOPs of a token, halved.
 
-    Products with weights alone are counted, 2 FLOPs for a stored number and a token; attention scores and elementwise
-    work, the same in both, are not, so that the limit is out of reach by what they take.
+    A stored number takes part in the forward product, in the gradient of the inputs and, where it trains, in its own
+    gradient. `limit` also counts causal attention, length / 2 positions for each of two products forward and four
+    backward; `limit of the weights` leaves it out. Elementwise work, the same in both modes, is in neither.
     """
     modules = components(model).values()
     lrc = sum(p.numel() for m in modules if isinstance(m, LowRankLinear) for p in (m.A.weight, m.B.weight))
     dense = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
     through = 2 * (lrc + dense + model.get_output_embeddings().weight.numel())
-    return (through + lrc + dense) / (through + lrc)
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 3 * length * config.num_hidden_layers * config.num_attention_heads * head
+
+    def limit(rest: float) -> float:
+        return (through + rest + lrc + dense) / (through + rest + lrc)
+
+    return {"limit": limit(attention), "limit of the weights": limit(0)}
 
 
-def tuning(config: Config, modes: dict[str, Mode], device: torch.device, batch: int, length: int) -> dict[str, dict]:
+def tuning(config: Config, modes: dict[str, Mode], device: torch.device, batch: int, length: int) -> dict[str, Any]:
     """Steps of each mode in turn on one compressed model: tokens per second; with one mode alone also its peak."""
     with tempfile.TemporaryDirectory() as folder:
         model, _ = compressed(config, device, Cache(Path(folder)))
@@ -183,14 +192,14 @@ def tuning(config: Config, modes: dict[str, Mode], device: torch.device, batch: 
     taken: dict[str, list[float]] = {name: [] for name in modes}
     with peak_memory(device) as peak:
         steps = {name: Steps(model, mode, config.model.autocast, batch, length) for name, mode in modes.items()}
-        for _ in range(4 if len(modes) > 1 else 1):
+        for _ in range(8 if len(modes) > 1 else 1):
             for name, step in steps.items():
                 taken[name] += step.turn(3)
         gib = peak.gib
     results = {name: {"tokens_per_second": batch * length / statistics.median(taken[name])} for name in modes}
     if len(modes) == 1:
         results[next(iter(modes))]["peak GiB"] = gib
-    return results | {"limit": flops_limit(model)}
+    return results | flops_limit(model, length)
 
 
 def loss_memory(vocabulary: int, tokens: int = 1024, hidden: int = 576) -> dict[str, float]:
@@ -240,6 +249,7 @@ def measure(arguments: argparse.Namespace, config: Config, device: torch.device)
         "ratio": ratio,
         "limit": together["limit"],
         "share of the limit": ratio / together["limit"],
+        "limit of the weights": together["limit of the weights"],
     }
     peaks = {name: apart[name]["peak GiB"] for name in ("welore", "full")}
     ratio = peaks["welore"] / peaks["full"]
