@@ -4,6 +4,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from welore.cache import Cache
 from welore.calibrate import Statistics, Stream, calibrate
 from welore.compress import Coordinates, read_spectra, weight_digests
 from welore.errors import Refused
@@ -40,26 +41,28 @@ def trained(family):
     return model.eval().requires_grad_(False)
 
 
-def cut(model, coordinates, configured, refine):
+def cut(model, coordinates, configured, refine, folder):
     rule = configured("ranks=lagrange").ranks
     plan = rule.plan(read_spectra(model, coordinates), Budget(keep=0.4))
-    return factorize_in_sequence(model, plan, coordinates, WINDOWS_BL, None, refine)
+    return factorize_in_sequence(model, plan, coordinates, WINDOWS_BL, None, refine, Cache(folder))
 
 
-def test_a_refined_layer_is_closer_to_the_dense_one_and_the_model_loses_less(trained, coordinates, configured):
+def test_a_refined_layer_is_closer_to_the_dense_one_and_the_model_loses_less(
+    trained, coordinates, configured, tmp_path
+):
     dense = perplexity(trained, WINDOWS_BL).perplexity
     plain, refined = deepcopy(trained), deepcopy(trained)
-    assert cut(plain, coordinates, configured, Refine("none")) == []
-    layers = cut(refined, coordinates, configured, Blockwise("block", 8, 3e-3))
+    assert cut(plain, coordinates, configured, Refine("none"), tmp_path / "plain") == []
+    layers = cut(refined, coordinates, configured, Blockwise("block", 8, 3e-3), tmp_path / "refined")
     assert len(layers) == 2 and all(after < before for before, after in layers)
     assert factored_ranks(plain) == factored_ranks(refined)
     losses = [math.log(perplexity(model, WINDOWS_BL).perplexity / dense) for model in (plain, refined)]
     assert 0 < losses[1] < 0.8 * losses[0]
 
 
-def test_refinement_moves_the_factors_and_nothing_else(trained, coordinates, configured):
+def test_refinement_moves_the_factors_and_nothing_else(trained, coordinates, configured, tmp_path):
     before = weight_digests(trained)
-    cut(trained, coordinates, configured, Blockwise("block", 1, 1e-3))
+    cut(trained, coordinates, configured, Blockwise("block", 1, 1e-3), tmp_path / "trained")
     after = weight_digests(trained)
     assert {n for n in before.keys() & after.keys() if before[n] != after[n]} == set()
     assert not any(parameter.requires_grad for parameter in trained.parameters())
@@ -77,12 +80,34 @@ def test_the_loss_of_a_layer_is_half_the_squared_difference_in_the_metric(traine
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_refinement_that_makes_a_layer_worse_is_taken_back(trained, coordinates, configured):
+def test_a_refinement_that_makes_a_layer_worse_is_taken_back(trained, coordinates, configured, tmp_path):
     untouched, ruined = deepcopy(trained), deepcopy(trained)
-    cut(untouched, coordinates, configured, Refine("none"))
-    layers = cut(ruined, coordinates, configured, Blockwise("block", 1, 10.0))
+    cut(untouched, coordinates, configured, Refine("none"), tmp_path / "untouched")
+    layers = cut(ruined, coordinates, configured, Blockwise("block", 1, 10.0), tmp_path / "ruined")
     assert all(before == after for before, after in layers)
     assert weight_digests(untouched) == weight_digests(ruined)
+
+
+def test_a_run_that_was_killed_fits_no_layer_twice_and_ends_the_same(trained, coordinates, configured, tmp_path):
+    class Killed(Blockwise):
+        def fit(self, stream, number, *others):
+            if number == 1:
+                raise KeyboardInterrupt
+            return super().fit(stream, number, *others)
+
+    class Counted(Blockwise):
+        def fit(self, stream, number, *others):
+            fitted.append(number)
+            return super().fit(stream, number, *others)
+
+    fitted, options = [], ("block", 2, 3e-3)
+    undisturbed, killed, resumed = (deepcopy(trained) for _ in range(3))
+    expected = cut(undisturbed, coordinates, configured, Blockwise(*options), tmp_path / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        cut(killed, coordinates, configured, Killed(*options), tmp_path / "killed")
+    assert cut(resumed, coordinates, configured, Counted(*options), tmp_path / "killed") == expected
+    assert fitted == [1]
+    assert weight_digests(undisturbed) == weight_digests(resumed)
 
 
 @pytest.mark.parametrize("options", [(0, 1e-3), (1, 0.0), (1, -1.0)])

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
+from welore.cache import Cache
 from welore.calibrate import Statistics, calibrate
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.errors import Refused
@@ -113,14 +114,14 @@ def inputs_of(model, layer):
 
 @pytest.mark.parametrize("sequential", ["update", "anchored"])
 def test_in_sequence_every_weight_is_closer_to_its_aim_than_one_shot_on_the_inputs_that_it_gets(
-    model, coordinates, sequential
+    model, coordinates, sequential, tmp_path
 ):
     """Both layers are cut, one after the other; what enters the second has passed through the first as cut."""
     chosen = coordinates(Whitened("whitened", sequential))
     dense, one_shot, ours = model, deepcopy(model), deepcopy(model)
     plan = quarter(dense, chosen)
     factorize(one_shot, plan, chosen)
-    factorize_in_sequence(ours, plan, chosen, WINDOWS_BL, None, UNREFINED)
+    factorize_in_sequence(ours, plan, chosen, WINDOWS_BL, None, UNREFINED, Cache(tmp_path / "layers"))
     half_cut = deepcopy(ours)  # the first layer cut, the second dense
     half_cut.model.layers[1] = deepcopy(dense.model.layers[1])
     for layer, own_model in ((0, dense), (1, half_cut)):
@@ -136,24 +137,26 @@ def test_in_sequence_every_weight_is_closer_to_its_aim_than_one_shot_on_the_inpu
             assert layer == 0 or error < 0.999 * before, name
 
 
-def test_anchored_the_first_layer_is_the_one_shot_one_for_its_inputs_are_those_of_the_dense_model(model, coordinates):
+def test_anchored_the_first_layer_is_the_one_shot_one_for_its_inputs_are_those_of_the_dense_model(
+    model, coordinates, tmp_path
+):
     chosen = coordinates(Kfac("kfac", "anchored"))
     one_shot, ours = deepcopy(model), deepcopy(model)
     plan = quarter(model, chosen)
     factorize(one_shot, plan, chosen)
-    factorize_in_sequence(ours, plan, chosen, WINDOWS_BL, None, UNREFINED)
+    factorize_in_sequence(ours, plan, chosen, WINDOWS_BL, None, UNREFINED, Cache(tmp_path / "layers"))
     for name, X_NT in inputs_of(model, 0).items():
         ours_MT, expected_MT = (m.get_submodule(name).merged().weight.double() @ X_NT for m in (ours, one_shot))
         torch.testing.assert_close(ours_MT, expected_MT, rtol=0, atol=1e-3 * float(expected_MT.abs().max()))
 
 
-def test_in_sequence_the_plan_is_followed_and_what_stays_dense_is_not_touched(model, coordinates):
+def test_in_sequence_the_plan_is_followed_and_what_stays_dense_is_not_touched(model, coordinates, tmp_path):
     chosen = coordinates(Whitened("whitened", "anchored"))
     ranks = quarter(model, chosen).ranks
     kept = [name for name in ranks if name.endswith("down_proj")]
     plan = tally(ranks | dict.fromkeys(kept), read_spectra(model, chosen))
     before = {name: model.get_submodule(name).weight.clone() for name in kept}
-    factorize_in_sequence(model, plan, chosen, WINDOWS_BL, None, UNREFINED)
+    factorize_in_sequence(model, plan, chosen, WINDOWS_BL, None, UNREFINED, Cache(tmp_path / "layers"))
     assert {name: components(model)[name].rank for name in plan.factored} == plan.factored
     assert all(torch.equal(model.get_submodule(name).weight, before[name]) for name in kept)
 

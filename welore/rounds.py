@@ -39,6 +39,7 @@ from welore.ranks import Plan
 from welore.records import Record
 from welore.report import announce
 from welore.sequence import factorize_in_sequence
+from welore.trainer import CHECKPOINTS
 
 
 def compress(
@@ -74,7 +75,8 @@ def compress(
             factorize(model, plan, coordinates)
         else:
             autocast, refine = config.model.autocast, config.refine
-            refined = factorize_in_sequence(model, plan, coordinates, windows_BL, autocast, refine)
+            layers = Cache(folder / CHECKPOINTS / f"round{number}")
+            refined = factorize_in_sequence(model, plan, coordinates, windows_BL, autocast, refine, layers)
             if refined:
                 # Each layer is off from the dense stream, so the last one holds what is left of all before it.
                 record.metrics |= dict(

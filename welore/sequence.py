@@ -9,15 +9,21 @@ With a refinement, the factors of each layer are then trained towards what the d
 Shape suffixes: M = out_features, N = in_features, R = rank, T = tokens.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from dataclasses import replace as changed
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from welore.cache import Cache
 from welore.calibrate import Stream
 from welore.compress import Coordinates, bias_of, dense_weight
 from welore.errors import Refused
@@ -92,19 +98,21 @@ def factorize_in_sequence(
     windows_BL: Tensor,
     dtype: str | None,
     refine: Refine,
+    layers: Cache,
 ) -> list[tuple[float, float]]:
     """Put two factors in the place of every weight that the plan cuts, each fitted as `svd.sequential` says.
 
     The dense and the compressed hidden states go through each layer side by side while it is still dense; then the
-    compressed ones go through it again, cut. The factors depend on the whole plan and are not cached. Returns what the
-    refinement of each layer came from and to, in nats per token.
+    compressed ones go through it again, cut. The factors depend on the whole plan: `layers` holds those of this one
+    run, so that a killed run fits no layer twice. Returns what the refinement of each layer came from and to, in nats
+    per token.
     """
     refined = []
     stream = Stream(model, windows_BL, dtype)
     dense = stream.first()
     own = list(dense)
-    layers = tqdm(stream.layers, desc="in sequence", unit="layer", leave=False)
-    for number, prefix in enumerate(layers):
+    bar = tqdm(stream.layers, desc="in sequence", unit="layer", leave=False)
+    for number, prefix in enumerate(bar):
         cut = {name: rank for name, rank in plan.factored.items() if name.startswith(f"{prefix}.")}
         fitted = cut if coordinates.svd.sequential != "none" else {}
         pairs = Pairs({name: model.get_submodule(name) for name in fitted})
@@ -114,19 +122,63 @@ def factorize_in_sequence(
             if fitted:
                 with pairs.seeing(compressed=True):
                     stream.through(number, own_BLD)
-        for name, rank in cut.items():
-            module = model.get_submodule(name)
-            A_MR, B_RN = _factors(name, module, rank, coordinates, pairs)
-            replace(model, name, LowRankLinear.of(A_MR, B_RN, bias_of(module)))
-        if refine.refines and cut:
-            factors = [
-                p for name in cut for p in (model.get_submodule(name).A.weight, model.get_submodule(name).B.weight)
-            ]
+
+        def fit(number=number, prefix=prefix, cut=cut, pairs=pairs, own=own) -> Layer:
+            factors = {}
+            for name, rank in cut.items():
+                factors[name] = _factors(name, model.get_submodule(name), rank, coordinates, pairs)
+            _put(model, factors)
+            if not refine.refines:
+                return Layer(factors)
+            trained = [p for name in cut for p in factor_parameters(model.get_submodule(name))]
             metric = coordinates.statistics.of(prefix, stream.device).gradient_metric().float()
-            refined.append(refine.fit(stream, number, own, dense, factors, metric))
-            layers.set_postfix_str("{:.4f} to {:.4f} nats".format(*refined[-1]))
+            gain = refine.fit(stream, number, own, dense, trained, metric)
+            return Layer({name: factor_parameters(model.get_submodule(name)) for name in cut}, gain)
+
+        if cut:
+            layer = layers.get("layers", str(number), Layer.read, Layer.write, fit)
+            _put(model, layer.factors)
+            if layer.refined:
+                refined.append(layer.refined)
+                bar.set_postfix_str("{:.4f} to {:.4f} nats".format(*layer.refined))
         own = [stream.through(number, own_BLD).cpu() for own_BLD in own]
     return refined
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The factors (A_MR, B_RN) of the weights of one layer, and what their refinement came from and to, if any."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    refined: tuple[float, float] | None = None
+
+    def write(self, path: Path) -> None:
+        tensors = {
+            f"{name}/{side}": tensor.detach().cpu().contiguous()
+            for name, pair in self.factors.items()
+            for side, tensor in zip("AB", pair, strict=True)
+        }
+        save_file(tensors, path, metadata={"refined": json.dumps(self.refined)})
+
+    @classmethod
+    def read(cls, path: Path) -> "Layer":
+        with safe_open(path, framework="pt") as tensors:
+            names = dict.fromkeys(key.rpartition("/")[0] for key in tensors.keys())  # noqa: SIM118, no mapping
+            factors = {name: tuple(tensors.get_tensor(f"{name}/{side}") for side in "AB") for name in names}
+            refined = json.loads(tensors.metadata()["refined"])
+        return cls(factors, refined and tuple(refined))
+
+
+def factor_parameters(module: LowRankLinear) -> tuple[nn.Parameter, nn.Parameter]:
+    return module.A.weight, module.B.weight
+
+
+def _put(model: PreTrainedModel, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    for name, pair in factors.items():
+        module = model.get_submodule(name)
+        A_MR, B_RN = (tensor.detach().to(model.device) for tensor in pair)
+        layer = LowRankLinear.of(A_MR, B_RN, bias_of(module))
+        replace(model, name, layer.requires_grad_(False))
 
 
 def _factors(name: str, module: nn.Module, rank: int, coordinates: Coordinates, pairs: Pairs) -> tuple[Tensor, Tensor]:
