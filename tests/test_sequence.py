@@ -164,10 +164,10 @@ def test_in_sequence_the_plan_is_followed_and_what_stays_dense_is_not_touched(mo
 def test_a_weight_that_sees_other_tokens_in_the_compressed_model_is_refused():
     """An expert: which tokens it gets depends on the layers before."""
     expert = torch.nn.Linear(4, 4)
-    pairs = Pairs({"expert": expert})
+    pairs = Pairs({"expert": expert}, crossed=True)
     with pairs.seeing(compressed=False):
         expert(torch.randn(5, 4))
     with pytest.raises(Refused, match=r"expert .*5 tokens .*3 .*svd\.sequential=none"), pairs.seeing(compressed=True):
         expert(torch.randn(3, 4))
     with pytest.raises(Refused, match=r"never .*svd\.sequential=none"):
-        Pairs({"never": expert}).means("never")
+        Pairs({"never": expert}, crossed=True).means("never")

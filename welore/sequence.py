@@ -35,10 +35,10 @@ from welore.svd import decompose
 
 
 class Pairs:
-    """E[x~ x~^T] and E[x x~^T] of the weights of one layer, of which the dense inputs are seen first."""
+    """E[x~ x~^T] of the weights of one layer and, where `crossed`, E[x x~^T]: then the dense inputs are seen first."""
 
-    def __init__(self, weights: dict[str, nn.Module]):
-        self.weights = weights
+    def __init__(self, weights: dict[str, nn.Module], crossed: bool):
+        self.weights, self.crossed = weights, crossed
         self.dense: dict[str, Tensor] = {}
         self.own: dict[str, Tensor] = {}
         self.cross: dict[str, Tensor] = {}
@@ -56,31 +56,41 @@ class Pairs:
         try:
             yield
         finally:
+            self._last = None
             for handle in handles:
                 handle.remove()
 
-    def _keep(self, name: str, x: Tensor) -> None:
+    def _owns(self, name: str, x: Tensor) -> bool:
+        """Whether the weight is the first to get this input."""
         same = self._last is not None and self._last[0] is x
         self.owner[name] = self._last[1] if same else name
         if not same:
             self._last = x, name
+        return not same
+
+    def _keep(self, name: str, x: Tensor) -> None:
+        if self._owns(name, x):
             self.dense[name] = x.reshape(-1, x.shape[-1])
 
     def _pair(self, name: str, x: Tensor) -> None:
-        if self.owner.get(name, name) != name:
+        if not self._owns(name, x):
             return
-        x_TN, dense_TN = x.reshape(-1, x.shape[-1]), self.dense.pop(name, x.new_empty(0, x.shape[-1]))
+        x_TN = x.reshape(-1, x.shape[-1])
+        self.tokens[name] += len(x_TN)
+        self.own[name] = self.own.get(name, 0) + summed(x_TN, x_TN)
+        if not self.crossed:
+            return
+        dense_TN = self.dense.pop(name, x.new_empty(0, x.shape[-1]))
         if len(x_TN) != len(dense_TN):
             raise _unpaired(name, f"sees {len(dense_TN)} tokens of a batch in the dense model and {len(x_TN)}")
-        self.tokens[name] += len(x_TN)
-        for sums, left_TN in ((self.own, x_TN), (self.cross, dense_TN)):
-            sums[name] = sums.get(name, 0) + summed(left_TN, x_TN)
+        self.cross[name] = self.cross.get(name, 0) + summed(dense_TN, x_TN)
 
-    def means(self, name: str) -> tuple[Tensor, Tensor]:
+    def means(self, name: str) -> tuple[Tensor, Tensor | None]:
         name = self.owner.get(name, name)
         if self.tokens[name] == 0:
             raise _unpaired(name, "sees no token in the dense model or none")
-        return self.own[name] / self.tokens[name], self.cross[name] / self.tokens[name]
+        cross_NN = self.cross[name] / self.tokens[name] if self.crossed else None
+        return self.own[name] / self.tokens[name], cross_NN
 
 
 def _unpaired(name: str, what: str) -> Refused:
@@ -102,12 +112,12 @@ def factorize_in_sequence(
 ) -> list[tuple[float, float]]:
     """Put two factors in the place of every weight that the plan cuts, each fitted as `svd.sequential` says.
 
-    The dense and the compressed hidden states go through each layer side by side while it is still dense; then the
-    compressed ones go through it again, cut. The factors depend on the whole plan: `layers` holds those of this one
-    run, so that a killed run fits no layer twice. Returns what the refinement of each layer came from and to, in nats
-    per token.
+    The compressed hidden states, and the dense ones where something is fitted to them, go through each layer while it
+    is still dense; then the compressed ones go through it again, cut. The factors depend on the whole plan: `layers`
+    holds those of this one run, so that a killed run fits no layer twice. Returns what the refinement of each layer
+    came from and to, in nats per token.
     """
-    refined = []
+    refined, anchors = [], coordinates.svd.sequential == "anchored"
     stream = Stream(model, windows_BL, dtype)
     dense = stream.first()
     own = list(dense)
@@ -115,10 +125,11 @@ def factorize_in_sequence(
     for number, prefix in enumerate(bar):
         cut = {name: rank for name, rank in plan.factored.items() if name.startswith(f"{prefix}.")}
         fitted = cut if coordinates.svd.sequential != "none" else {}
-        pairs = Pairs({name: model.get_submodule(name) for name in fitted})
+        pairs = Pairs({name: model.get_submodule(name) for name in fitted}, anchors)
         for batch, (dense_BLD, own_BLD) in enumerate(zip(dense, own, strict=True)):
-            with pairs.seeing(compressed=False):
-                dense[batch] = stream.through(number, dense_BLD).cpu()
+            if anchors or refine.refines:
+                with pairs.seeing(compressed=False):
+                    dense[batch] = stream.through(number, dense_BLD).cpu()
             if fitted:
                 with pairs.seeing(compressed=True):
                     stream.through(number, own_BLD)
