@@ -12,7 +12,22 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from welore import allocate, loggers, models, modes, prune, ranks, refine, rules, svd, tasks, trainer
+from welore import (
+    adapters,
+    allocate,
+    loggers,
+    models,
+    modes,
+    parts,
+    prune,
+    ranks,
+    refine,
+    rules,
+    steppers,
+    svd,
+    tasks,
+    trainer,
+)
 from welore.cache import digest
 from welore.errors import Refused
 from welore.moments import Needs
@@ -52,6 +67,18 @@ SCHEMAS = {
     "mode/full": modes.Full,
     "mode/lora": modes.Lora,
     "mode/galore": modes.GaLore,
+    "mode/adapter": adapters.Adapter,
+    "mode/randlora": adapters.RandLora,
+    "mode/osf": adapters.Osf,
+    "mode/fira": steppers.Fira,
+    "mode/apollo": steppers.Apollo,
+    "mode/muon": steppers.Muon,
+    "mode/lrc_8bit": steppers.Lrc8bit,
+    "mode/full_8bit": steppers.Full8bit,
+    "mode/sv": parts.SingularValues,
+    "mode/lora_xs": parts.LoraXs,
+    "mode/lisa": parts.Lisa,
+    "mode/random": parts.RandomPart,
     "task/package": tasks.PackageTask,
     "task/hub": tasks.HubTask,
     "calibration/package": tasks.PackageCalibration,
