@@ -52,13 +52,13 @@ def test_untrained_it_leaves_the_logits_unchanged_and_trained_it_is_an_lrc_again
     before, logits = ranks(biased), biased(IDS_BL).logits
     strategy = configured(*MODES[mode]).mode
     parameters = select(biased, strategy)
-    torch.testing.assert_close(biased(IDS_BL).logits, logits, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(biased(IDS_BL).logits, logits, rtol=1e-4, atol=1e-4)
     for parameter in parameters:
-        parameter.data += 0.02 * torch.randn_like(parameter)
+        parameter.data += 0.1 * torch.randn_like(parameter)
     trained = biased(IDS_BL).logits
-    assert (trained - logits).abs().max() > 0.1
+    assert (trained - logits).abs().max() > 0.02
     strategy.finish(biased)
-    torch.testing.assert_close(biased(IDS_BL).logits, trained, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(biased(IDS_BL).logits, trained, rtol=1e-4, atol=1e-4)
     assert {type(m) for m in components(biased).values()} == {LowRankLinear, nn.Linear}
     assert len(components(biased)) == 12
     assert ranks(biased) == {name: rank + GROWS.get(mode, 0) for name, rank in before.items()}
@@ -66,17 +66,14 @@ def test_untrained_it_leaves_the_logits_unchanged_and_trained_it_is_an_lrc_again
 
 
 @every
-def test_a_step_moves_what_is_selected_and_the_checkpoint_holds_nothing_else(compressed, train, tmp_path, mode):
-    before = {}
+def test_a_checkpoint_holds_what_trains_and_nothing_else(compressed, train, tmp_path, mode):
     tuner = train(compressed, "task.training.steps=2", *MODES[mode])
     names = {f"model.{name}" for name in tuner.names}
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["state_dict"].keys() == names
     states = checkpoint["optimizer_states"][0]
     assert len(states["state"]) == len(names)
-    for name, value in checkpoint["state_dict"].items():
-        before[name] = value
-        assert torch.isfinite(value).all()
+    assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
     logits = compressed(IDS_BL).logits
     tuner.mode.finish(compressed)
     torch.testing.assert_close(compressed(IDS_BL).logits, logits, rtol=1e-3, atol=1e-4)

@@ -27,6 +27,10 @@ class VirtualWeight(LowRankLinear):
     def weight(self) -> Tensor:
         return (self.A.weight.float() @ self.B.weight.float()).to(self.A.weight.dtype)
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.A.bias
+
 
 @dataclass
 class Adapter(Lora):

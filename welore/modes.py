@@ -205,14 +205,12 @@ def adapted(model: PreTrainedModel, lora_on: str) -> list[str]:
 
 
 def check_rank(mode: Mode, model: PreTrainedModel) -> None:
-    """Refuse a rank above the shorter side of a compressible weight."""
-    for name, module in components(model).items():
-        limit = min(module.in_features, module.out_features)
-        if mode.rank > limit:
-            raise Refused(
-                f"mode.rank={mode.rank} is above the rank of {name}, which is {module.out_features} x "
-                f"{module.in_features}. Write {limit} or less."
-            )
+    """Refuse a rank above the shorter side of the smallest compressible weight."""
+    name, module = min(components(model).items(), key=lambda item: min(item[1].in_features, item[1].out_features))
+    limit = min(module.in_features, module.out_features)
+    if mode.rank > limit:
+        shape = f"{module.out_features} x {module.in_features}"
+        raise Refused(f"mode.rank={mode.rank} is above the rank of {name}, which is {shape}. Write {limit} or less.")
 
 
 def forget_peft(model: PreTrainedModel) -> None:
