@@ -28,6 +28,10 @@ CONFIGS = [
     ("mode=fira mode.rank=0", ["mode has rank=0"]),
     ("mode=apollo mode.scale=0", ["scale=0.0"]),
     ("mode=muon mode.momentum=1", ["mode.momentum=1.0 is not in [0, 1)"]),
+    *[
+        (f"mode={mode} prune=wanda prune.where=all", ["takes the factors of LRCs apart", "prune.where=nlrc"])
+        for mode in ("sv", "lora_xs", "pissa mode.lora_on=merged")
+    ],
     ("mode=sv mode.lr=0", ["lr=0.0", "lr > 0"]),
 ]
 # On the tiny compressed model, whose smallest weight is 32 x 64.

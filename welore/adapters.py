@@ -58,6 +58,10 @@ class Adapter(Lora):
         if self.init == "mica" and self.lr_ratio != 1:
             raise Refused(f"mode.lr_ratio={self.lr_ratio} is of B, which mode.init=mica freezes. Write 1.")
 
+    @property
+    def refactors(self) -> bool:
+        return self.init == "pissa" and self.lora_on == "merged"
+
     def prepare(self, model: PreTrainedModel) -> None:
         if self.lora_on == "merged":
             for name, module in components(model).items():

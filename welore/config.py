@@ -117,6 +117,11 @@ class Config:
     outputs: str
 
     def __post_init__(self):
+        if self.mode.refactors and self.prune.prunes and self.prune.where == "all":
+            raise Refused(
+                f"mode={self.mode.name} takes the factors of LRCs apart anew, which would fill what prune.where=all "
+                f"has zeroed in them. Write prune.where=nlrc, or another mode."
+            )
         if isinstance(self.ranks, ranks.Given):
             self.err = self.keep = self.bytes = self.flops = None  # the file is the budget
             return

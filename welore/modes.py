@@ -25,6 +25,11 @@ class Mode:
     def trains(self) -> bool:
         return True
 
+    @property
+    def refactors(self) -> bool:
+        """Whether it takes LRCs apart anew, which leaves no zero of a pruned factor where it was."""
+        return False
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Change the model before its parameters are chosen; most modes have nothing to change."""
 
@@ -160,8 +165,7 @@ class Lora(Adam):
             inject_adapter_in_model(config, model)
 
     def variant(self, model: PreTrainedModel, targets: list[str]) -> dict[str, Any]:
-        """Options of peft beyond those of plain LoRA."""
-        return {}
+        return {}  # options of peft beyond those of plain LoRA
 
     def row_scale(self, layer: nn.Module, up_MR: Tensor, down_RN: Tensor) -> Tensor | None:
         """What multiplies the rows of the adapted weight W + up down; None for 1."""
@@ -180,8 +184,7 @@ class Lora(Adam):
             adapter = next(iter(layer.lora_A))
             up_MR = layer.lora_B[adapter].weight.float() * layer.scaling[adapter]
             down_RN = layer.lora_A[adapter].weight.float()
-            scale_M = self.row_scale(layer, up_MR, down_RN)
-            if scale_M is not None:
+            if (scale_M := self.row_scale(layer, up_MR, down_RN)) is not None:
                 outer = base.A if isinstance(base, LowRankLinear) else base
                 outer.weight.copy_(outer.weight.float() * scale_M[:, None])
                 up_MR = up_MR * scale_M[:, None]
@@ -215,8 +218,7 @@ def check_rank(mode: Mode, model: PreTrainedModel) -> None:
 
 def forget_peft(model: PreTrainedModel) -> None:
     """Remove what peft and transformers noted of adapters that are merged."""
-    if hasattr(model, "peft_config"):
-        del model.peft_config
+    vars(model).pop("peft_config", None)
     model._hf_peft_config_loaded = False
 
 

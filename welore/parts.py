@@ -29,6 +29,10 @@ class SingularLinear(LowRankLinear):
 class SingularValues(Adam):
     """Train the singular values of every LRC between its frozen singular vectors (SVFit); N-LRCs stay as they are."""
 
+    @property
+    def refactors(self) -> bool:
+        return True
+
     @torch.no_grad()
     def prepare(self, model: PreTrainedModel) -> None:
         for name, module in components(model).items():
@@ -78,6 +82,10 @@ class LoraXs(Adam):
         super().__post_init__()
         if self.rank < 1:
             raise Refused(f"mode.rank={self.rank} adapts nothing. Write 1 or more.")
+
+    @property
+    def refactors(self) -> bool:
+        return True
 
     @torch.no_grad()
     def prepare(self, model: PreTrainedModel) -> None:
