@@ -40,6 +40,10 @@ def options(group, *but):
     return [f"{group}={file.stem}" for file in sorted((CONF / group).glob("*.yaml")) if file.stem not in but]
 
 
+# Modes that meet every other option; each of the rest runs once, on a pruned model under autocast.
+MODES = ("none", "welore", "nlrc", "full", "lora", "galore")
+EIGHT_BIT = ("welore_8bit", "full_8bit")  # these need a GPU
+
 AXES = {
     "svd": options("svd"),
     "ranks": [
@@ -51,7 +55,7 @@ AXES = {
     "refine": options("refine"),
     "prune": options("prune"),
     "sequential": [f"svd.sequential={value}" for value in ("none", "update", "anchored")],
-    "mode": options("mode"),
+    "mode": [f"mode={mode}" for mode in MODES],
 }
 
 
@@ -96,7 +100,7 @@ def ran(configured, text_file, tmp_path_factory):
     def ran(cell):
         overrides = " ".join(cell).split()
         dense = [] if "ranks=welore_all" in overrides or "ranks=sensitivity" in overrides else ["ranks.dense=half"]
-        where = [] if "prune=none" in overrides else ["prune.where=all"]
+        where = [] if "prune=none" in overrides or "prune.where" in " ".join(overrides) else ["prune.where=all"]
         epochs = ["refine.epochs=1"] if "refine=block" in overrides else []
         chosen = configured(
             *SMALL, f"task.path={text_file}", f"outputs={outputs}", *overrides, *dense, *where, *epochs
@@ -131,6 +135,17 @@ def all_pairs():
 @pytest.mark.parametrize("cell", SAMPLE, ids=" ".join)
 def test_any_two_options_compose(cell, ran):
     check(*ran(cell))
+
+
+@pytest.mark.parametrize("mode", options("mode", *MODES, *EIGHT_BIT))
+def test_every_other_mode_trains_a_pruned_model_under_autocast(mode, ran):
+    where = "nlrc" if mode in ("mode=sv", "mode=lora_xs") else "all"
+    layers = ["mode.layers=1"] if mode == "mode=lisa" else []
+    pruned = ["prune=wanda", f"prune.where={where}"]
+    config, record = ran([mode, *layers, *pruned, "model.dtype=bfloat16", "model.autocast=bfloat16"])
+    check(config, record)
+    assert record.metrics["fit/trainable_parameters"] > 0
+    assert record.metrics["tuned/zeros"] >= record.metrics["compress/zeros"]
 
 
 @pytest.mark.slow

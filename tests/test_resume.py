@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from welore.config import compose, to_config
 from welore.errors import Interrupted
@@ -47,11 +49,41 @@ MODES = {
     "lora on factors": ["mode=lora"],
     "lora on the product": ["mode=lora", "mode.lora_on=merged"],
     "lora with dropout": ["mode=lora", "mode.dropout=0.3"],
+    "rslora": ["mode=rslora"],
+    "dora": ["mode=dora"],
+    "dora on the product": ["mode=dora", "mode.lora_on=merged"],
+    "pissa": ["mode=pissa"],
+    "pissa on the product": ["mode=pissa", "mode.lora_on=merged"],
+    "mica": ["mode=mica"],
+    "lora plus with masters": ["mode=lora_plus", "model.dtype=bfloat16"],
+    "randlora": ["mode=randlora"],
+    "osf": ["mode=osf"],
+    "singular values": ["mode=sv"],
+    "lora-xs": ["mode=lora_xs"],
+    "lisa in the middle of a turn": ["mode=lisa", "mode.layers=1", "mode.gap=3"],
+    "lisa with masters": ["mode=lisa", "mode.layers=1", "mode.gap=5", "model.dtype=bfloat16"],
+    "random": ["mode=random"],
+    "apollo": ["mode=apollo", "mode.rank=8", "mode.gap=4"],
+    "fira": ["mode=fira", "mode.rank=8", "mode.gap=4"],
+    "muon": ["mode=muon"],
     "padded token budget": ["task.training.pack=false", "task.training.steps=null", "task.training.tokens=1500"],
 }
 
 
-@pytest.mark.parametrize("overrides", MODES.values(), ids=MODES.keys())
+# Three whole runs each: the default tests take one of every family of modes.
+QUICK = (
+    "welore",
+    "galore",
+    "lora with dropout",
+    "pissa",
+    "lisa in the middle of a turn",
+    "fira",
+    "padded token budget",
+)
+TABLE = [pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) for k, v in MODES.items()]
+
+
+@pytest.mark.parametrize("overrides", TABLE)
 def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch, overrides):
     whole = run(config_of(tmp_path, *overrides), tmp_path / "whole")
     steps = Tuner.training_step
@@ -72,6 +104,8 @@ def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch,
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert resumed.metrics["tuned/perplexity"] == whole.metrics["tuned/perplexity"]
     assert resumed.metrics["fit/tokens"] == whole.metrics["fit/tokens"]
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("cut", "whole"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 

@@ -12,7 +12,22 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from welore import allocate, loggers, models, modes, prune, ranks, refine, rules, svd, tasks, trainer
+from welore import (
+    adapters,
+    allocate,
+    loggers,
+    models,
+    modes,
+    parts,
+    prune,
+    ranks,
+    refine,
+    rules,
+    steppers,
+    svd,
+    tasks,
+    trainer,
+)
 from welore.cache import digest
 from welore.errors import Refused
 from welore.moments import Needs
@@ -52,6 +67,18 @@ SCHEMAS = {
     "mode/full": modes.Full,
     "mode/lora": modes.Lora,
     "mode/galore": modes.GaLore,
+    "mode/adapter": adapters.Adapter,
+    "mode/randlora": adapters.RandLora,
+    "mode/osf": adapters.Osf,
+    "mode/fira": steppers.Fira,
+    "mode/apollo": steppers.Apollo,
+    "mode/muon": steppers.Muon,
+    "mode/lrc_8bit": steppers.Lrc8bit,
+    "mode/full_8bit": steppers.Full8bit,
+    "mode/sv": parts.SingularValues,
+    "mode/lora_xs": parts.LoraXs,
+    "mode/lisa": parts.Lisa,
+    "mode/random": parts.RandomPart,
     "task/package": tasks.PackageTask,
     "task/hub": tasks.HubTask,
     "calibration/package": tasks.PackageCalibration,
@@ -90,6 +117,11 @@ class Config:
     outputs: str
 
     def __post_init__(self):
+        if self.mode.refactors and self.prune.prunes and self.prune.where == "all":
+            raise Refused(
+                f"mode={self.mode.name} takes the factors of LRCs apart anew, which would fill what prune.where=all "
+                f"has zeroed in them. Write prune.where=nlrc, or another mode."
+            )
         if isinstance(self.ranks, ranks.Given):
             self.err = self.keep = self.bytes = self.flops = None  # the file is the budget
             return

@@ -78,7 +78,10 @@ def frozen_weights_in(model: PreTrainedModel, dtype: str | None) -> Iterator[Non
     frozen = [
         module
         for module in model.modules()
-        if isinstance(module, nn.Linear) and not module.weight.requires_grad and id(module.weight) not in shared
+        if isinstance(module, nn.Linear)
+        and "weight" in module._parameters  # some adapters only show that of the layer inside them
+        and not module.weight.requires_grad
+        and id(module.weight) not in shared
     ]
     originals = [module.weight for module in frozen]
     try:

@@ -47,6 +47,21 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+def singular(A_MR: Tensor, B_RN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (M x K), sigma (K) and V^T (K x N) of the product A B in float32, without forming it; K = min(M, N, R)."""
+    Q_MR, left_RR = torch.linalg.qr(A_MR.float())
+    Q_NR, right_RR = torch.linalg.qr(B_RN.float().T)
+    U_RR, sigma_R, Vh_RR = torch.linalg.svd(left_RR @ right_RR.T, full_matrices=False)
+    return Q_MR @ U_RR, sigma_R, Vh_RR @ Q_NR.T
+
+
+def balanced(A_MR: Tensor, B_RN: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors of the `rank` largest singular directions of the product A B, with sqrt(sigma) on each side."""
+    U_MK, sigma_K, Vh_KN = singular(A_MR, B_RN)
+    root_K = sigma_K[:rank].sqrt()
+    return (U_MK[:, :rank] * root_K).to(dtype), (root_K[:, None] * Vh_KN[:rank]).to(dtype)
+
+
 def factored_ranks(model: nn.Module) -> dict[str, int]:
     """The rank of every LRC of a model."""
     return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}

@@ -2,9 +2,10 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from welore.errors import Refused
@@ -24,6 +25,11 @@ class Mode:
     def trains(self) -> bool:
         return True
 
+    @property
+    def refactors(self) -> bool:
+        """Whether it takes LRCs apart anew, which leaves no zero of a pruned factor where it was."""
+        return False
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Change the model before its parameters are chosen; most modes have nothing to change."""
 
@@ -33,6 +39,9 @@ class Mode:
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         raise NotImplementedError
+
+    def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called before the first pass of every optimizer step, counted from 0; a resumed run calls it as well."""
 
     def finish(self, model: PreTrainedModel) -> None:
         """Bring the model back to LRC and N-LRC after training, so that what is measured is what is saved."""
@@ -146,15 +155,21 @@ class Lora(Adam):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora.layer import Linear
 
-        targets = []
-        for name, module in components(model).items():
-            inside = isinstance(module, LowRankLinear) and self.lora_on == "factors"
-            targets += [f"{name}.A", f"{name}.B"] if inside else [name]
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)
+        check_rank(self, model)
+        targets = adapted(model, self.lora_on)
+        options = dict(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout)
+        config = LoraConfig(target_modules=targets, **options | self.variant(model, targets))
         config._register_custom_module({LowRankLinear: Linear})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft does not know LowRankLinear by name, and needs only its two sizes
             inject_adapter_in_model(config, model)
+
+    def variant(self, model: PreTrainedModel, targets: list[str]) -> dict[str, Any]:
+        return {}  # options of peft beyond those of plain LoRA
+
+    def row_scale(self, layer: nn.Module, up_MR: Tensor, down_RN: Tensor) -> Tensor | None:
+        """What multiplies the rows of the adapted weight W + up down; None for 1."""
+        return None
 
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
         adapters = [p for name, p in model.named_parameters() if ".lora_A." in name or ".lora_B." in name]
@@ -169,6 +184,10 @@ class Lora(Adam):
             adapter = next(iter(layer.lora_A))
             up_MR = layer.lora_B[adapter].weight.float() * layer.scaling[adapter]
             down_RN = layer.lora_A[adapter].weight.float()
+            if (scale_M := self.row_scale(layer, up_MR, down_RN)) is not None:
+                outer = base.A if isinstance(base, LowRankLinear) else base
+                outer.weight.copy_(outer.weight.float() * scale_M[:, None])
+                up_MR = up_MR * scale_M[:, None]
             if isinstance(base, LowRankLinear):
                 A_MR = torch.cat([base.A.weight, up_MR.to(base.A.weight.dtype)], dim=1)
                 B_RN = torch.cat([base.B.weight, down_RN.to(base.B.weight.dtype)], dim=0)
@@ -176,9 +195,31 @@ class Lora(Adam):
             else:
                 base.weight.copy_(base.weight.float() + up_MR @ down_RN)
             replace(model, name, base)
-        if hasattr(model, "peft_config"):
-            del model.peft_config
-        model._hf_peft_config_loaded = False
+        forget_peft(model)
+
+
+def adapted(model: PreTrainedModel, lora_on: str) -> list[str]:
+    """The names of what adapters are put on: the N-LRCs, and the factors of every LRC or their product."""
+    names = []
+    for name, module in components(model).items():
+        inside = isinstance(module, LowRankLinear) and lora_on == "factors"
+        names += [f"{name}.A", f"{name}.B"] if inside else [name]
+    return names
+
+
+def check_rank(mode: Mode, model: PreTrainedModel) -> None:
+    """Refuse a rank above the shorter side of the smallest compressible weight."""
+    name, module = min(components(model).items(), key=lambda item: min(item[1].in_features, item[1].out_features))
+    limit = min(module.in_features, module.out_features)
+    if mode.rank > limit:
+        shape = f"{module.out_features} x {module.in_features}"
+        raise Refused(f"mode.rank={mode.rank} is above the rank of {name}, which is {shape}. Write {limit} or less.")
+
+
+def forget_peft(model: PreTrainedModel) -> None:
+    """Remove what peft and transformers noted of adapters that are merged."""
+    vars(model).pop("peft_config", None)
+    model._hf_peft_config_loaded = False
 
 
 def component_parameters(model: PreTrainedModel, kind: type[nn.Module]) -> list[nn.Parameter]:

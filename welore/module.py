@@ -74,6 +74,10 @@ class Tuner(LightningModule):
         with peak_memory(self.device) as self.peak:
             self.model.train()
 
+    def on_train_batch_start(self, batch, index) -> None:
+        if index % self.training_config.accumulate == 0:
+            self.mode.begin_step(self.global_step, self.optimizers(use_pl_optimizer=False))
+
     def on_before_optimizer_step(self, optimizer) -> None:
         self.learning_rate = optimizer.param_groups[0]["lr"]
 
@@ -105,13 +109,17 @@ class Tuner(LightningModule):
             nn.utils.clip_grad_norm_(stepped, self.training_config.clip)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained = self._trained()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # for dropout
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen, self.random = checkpoint["tokens_seen"], checkpoint["random"]
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if missing := trained - checkpoint["state_dict"].keys():
+        if missing := self._trained() - checkpoint["state_dict"].keys():
             raise Refused(f"the checkpoint lacks {sorted(missing)[:3]}: it is of another run. Write force=true.")
+
+    def _trained(self) -> set[str]:
+        """Names of all that the mode trains, also of what it has frozen for the moment."""
+        chosen = {id(parameter) for parameter in self.parameters_to_train}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in chosen}

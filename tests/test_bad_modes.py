@@ -1,0 +1,78 @@
+"""What a mode cannot do is refused with what was wrong, what was there and what to write."""
+
+import re
+
+import pytest
+import torch
+
+from welore.errors import Refused
+from welore.modes import select
+from welore.ranks import Budget
+
+ADVICE = re.compile(r"\b(write|use|change|run|start)\b", re.IGNORECASE)
+
+CONFIGS = [
+    ("mode=lora_plus mode.lr_ratio=0", ["mode.lr_ratio=0.0 trains no B"]),
+    ("mode=pissa mode.init=svd", ["mode.init=svd is unknown", "kaiming, pissa or mica"]),
+    ("mode=dora mode.init=mica", ["mode.dora=true and mode.init=mica"]),
+    ("mode=mica mode.lr_ratio=4", ["mode.lr_ratio=4.0 is of B, which mode.init=mica freezes"]),
+    ("mode=rslora mode.rank=0", ["mode.rank=0 adapts nothing"]),
+    ("mode=randlora mode.rank=0", ["rank=0", "rank >= 1"]),
+    ("mode=randlora mode.dropout=1", ["dropout=1.0"]),
+    ("mode=osf mode.frozen=1", ["mode.frozen=1.0 is not a share in (0, 1)"]),
+    ("mode=osf mode.frozen=0", ["mode.frozen=0.0 is not a share in (0, 1)"]),
+    ("mode=lora_xs mode.rank=0", ["mode.rank=0 adapts nothing"]),
+    ("mode=lisa mode.gap=0", ["layers=2, gap=0"]),
+    ("mode=lisa mode.layers=0", ["layers=0, gap=20"]),
+    ("mode=apollo mode.per=row", ["mode.per=row is unknown", "channel", "tensor"]),
+    ("mode=fira mode.rank=0", ["mode has rank=0"]),
+    ("mode=apollo mode.scale=0", ["scale=0.0"]),
+    ("mode=muon mode.momentum=1", ["mode.momentum=1.0 is not in [0, 1)"]),
+    *[
+        (f"mode={mode} prune=wanda prune.where=all", ["takes the factors of LRCs apart", "prune.where=nlrc"])
+        for mode in ("sv", "lora_xs", "pissa mode.lora_on=merged")
+    ],
+    ("mode=sv mode.lr=0", ["lr=0.0", "lr > 0"]),
+]
+# On the tiny compressed model, whose smallest weight is 32 x 64.
+MODELS = [
+    *[
+        (
+            f"mode={mode} mode.rank=33",
+            ["mode.rank=33 is above the rank of model.layers.0", "32 x 64", "Write 32 or less"],
+        )
+        for mode in ("lora", "pissa", "mica", "randlora", "lora_xs")
+    ],
+    ("mode=lisa mode.layers=3", ["mode.layers=3, and the model has 2"]),
+]
+NO_LRC = ["sv", "random"]
+
+
+@pytest.mark.parametrize(("overrides", "pieces"), CONFIGS, ids=[overrides for overrides, _ in CONFIGS])
+def test_a_config_is_refused(configured, overrides, pieces):
+    with pytest.raises(Refused) as refused:
+        configured(*overrides.split())
+    assert [piece for piece in pieces if piece not in str(refused.value)] == [], refused.value
+    assert ADVICE.search(str(refused.value))
+
+
+@pytest.mark.parametrize(("overrides", "pieces"), MODELS, ids=[overrides for overrides, _ in MODELS])
+def test_what_the_model_cannot_take_is_refused(compressed, configured, overrides, pieces):
+    with pytest.raises(Refused) as refused:
+        select(compressed, configured(*overrides.split()).mode)
+    assert [piece for piece in pieces if piece not in str(refused.value)] == [], refused.value
+    assert ADVICE.search(str(refused.value))
+
+
+@pytest.mark.parametrize("mode", NO_LRC)
+def test_a_mode_of_lrcs_is_refused_where_there_are_none(model, compress, configured, mode):
+    compress(model, Budget(err=0.0))
+    with pytest.raises(Refused, match=f"mode={mode} selects no parameter.*14 Linear"):
+        select(model, configured(f"mode={mode}").mode)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("mode", ["welore", "full"])
+def test_eight_bits_are_refused_without_a_gpu(compressed, configured, mode):
+    with pytest.raises(Refused, match=f"mode={mode}_8bit.*needs a GPU.*Write mode={mode},"):
+        select(compressed, configured(f"mode={mode}_8bit").mode)

@@ -1,0 +1,215 @@
+"""Modes that train a part of the weights or of their singular values, by hand because no library has them.
+
+Shape suffixes: M = out_features, N = in_features, R = rank, K = rows that train.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from welore.errors import Refused
+from welore.lowrank import LowRankLinear, balanced, replace, singular
+from welore.models import components, decoder_layers
+from welore.modes import Adam, Full, check_rank, component_parameters
+
+
+class SingularLinear(LowRankLinear):
+    """y = U (sigma * (V^T x)) + bias."""
+
+    sigma: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.A(self.sigma * self.B(x))
+
+
+@dataclass
+class SingularValues(Adam):
+    """Train the singular values of every LRC between its frozen singular vectors (SVFit); N-LRCs stay as they are."""
+
+    @property
+    def refactors(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def prepare(self, model: PreTrainedModel) -> None:
+        for name, module in components(model).items():
+            if isinstance(module, LowRankLinear):
+                U_MR, sigma_R, Vh_RN = (f.to(module.A.weight) for f in singular(module.A.weight, module.B.weight))
+                layer = SingularLinear.of(U_MR, Vh_RN, module.A.bias)
+                layer.sigma = nn.Parameter(sigma_R)
+                replace(model, name, layer)
+
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        values = [module.sigma for module in model.modules() if isinstance(module, SingularLinear)]
+        return values and values + self.normalizations(model)
+
+    @torch.no_grad()
+    def finish(self, model: PreTrainedModel) -> None:
+        for name, module in components(model).items():
+            if isinstance(module, SingularLinear):
+                root_R, dtype = module.sigma.float().abs().sqrt(), module.sigma.dtype
+                A_MR, B_RN = module.A.weight * (root_R * module.sigma.sign()), root_R[:, None] * module.B.weight
+                replace(model, name, LowRankLinear.of(A_MR.to(dtype), B_RN.to(dtype), module.A.bias))
+
+
+class CoreLinear(nn.Module):
+    """y = W x + A (R (B x)) with frozen A and B, beside the layer that holds W."""
+
+    def __init__(self, base: nn.Module, A_MR: Tensor, B_RN: Tensor):
+        super().__init__()
+        self.base = base
+        self.register_buffer("A", A_MR, persistent=False)
+        self.register_buffer("B", B_RN, persistent=False)
+        self.core = nn.Parameter(torch.zeros(len(B_RN), len(B_RN), dtype=A_MR.dtype, device=A_MR.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(F.linear(x, self.B), self.core), self.A)
+
+
+@dataclass
+class LoraXs(Adam):
+    """Train one rank x rank matrix for every weight, between its frozen largest singular vectors: U S R V^T (LoRA-XS).
+
+    R starts at 0. An LRC is adapted as one weight, and keeps its rank, for the update lies in what it spans.
+    """
+
+    rank: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank < 1:
+            raise Refused(f"mode.rank={self.rank} adapts nothing. Write 1 or more.")
+
+    @property
+    def refactors(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def prepare(self, model: PreTrainedModel) -> None:
+        check_rank(self, model)
+        for name, module in components(model).items():
+            if isinstance(module, LowRankLinear):
+                U, sigma, Vh = singular(module.A.weight, module.B.weight)
+            else:
+                U, sigma, Vh = torch.linalg.svd(module.weight.float(), full_matrices=False)
+            rank, dtype = min(self.rank, len(sigma)), next(module.parameters()).dtype
+            A_MR, B_RN = (U[:, :rank] * sigma[:rank]).to(dtype), Vh[:rank].to(dtype)
+            replace(model, name, CoreLinear(module, A_MR, B_RN.contiguous()))
+
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        cores = [module.core for module in model.modules() if isinstance(module, CoreLinear)]
+        return cores and cores + self.normalizations(model)
+
+    @torch.no_grad()
+    def finish(self, model: PreTrainedModel) -> None:
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, CoreLinear)]:
+            base, A_MR = layer.base, layer.A.float() @ layer.core.float()
+            if isinstance(base, LowRankLinear):
+                wide = torch.cat([base.A.weight.float(), A_MR], dim=1), torch.cat([base.B.weight, layer.B])
+                base = LowRankLinear.of(*balanced(*wide, base.rank, base.A.weight.dtype), base.A.bias)
+            else:
+                base.weight.copy_(base.weight.float() + A_MR @ layer.B.float())
+            replace(model, name, base)
+
+
+@dataclass
+class Lisa(Full):
+    """What `Full` trains, but only `layers` decoder layers at a time, drawn anew every `gap` steps (LISA).
+
+    The others are frozen meanwhile, and have neither gradients nor moments: these start at 0 when their turn comes.
+    Norms outside of the decoder layers always train. The draw depends on `seed` and the step alone.
+    """
+
+    layers: int
+    gap: int
+    seed: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.layers < 1 or self.gap < 1:
+            raise Refused(f"mode has layers={self.layers}, gap={self.gap}. Write 1 or more of both.")
+
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        blocks = list(decoder_layers(model).values())
+        if self.layers > len(blocks):
+            raise Refused(f"mode.layers={self.layers}, and the model has {len(blocks)}. Write {len(blocks)} or less.")
+        parameters = super().trainables(model)
+        chosen = {id(p) for p in parameters}
+        self._blocks = [[p for p in block.parameters() if id(p) in chosen] for block in blocks]
+        return parameters
+
+    def drawn(self, step: int) -> set[int]:
+        """The decoder layers that train in a step."""
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step // self.gap)
+        return set(torch.randperm(len(self._blocks), generator=draw)[: self.layers].tolist())
+
+    def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        masters = {id(parameter): master for parameter, master in optimizer.pairs}
+        drawn = self.drawn(step)
+        for index, block in enumerate(self._blocks):
+            for parameter in block:
+                parameter.requires_grad_(index in drawn)
+                if index not in drawn:
+                    optimizer.state.pop(masters.get(id(parameter), parameter), None)
+
+
+class SplitLinear(nn.Module):
+    """A linear layer of which the first K rows train, as a parameter of their own."""
+
+    def __init__(self, base: nn.Linear, rows: int):
+        super().__init__()
+        self.base, self.rows = base, nn.Parameter(base.weight[:rows].detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.cat([self.rows, self.base.weight[len(self.rows) :]]), self.base.bias)
+
+
+@dataclass
+class RandomPart(Adam):
+    """The control: a random set of compressible weights that holds as many numbers as the LRCs do.
+
+    Matrices (an N-LRC, or one factor of an LRC) are taken in a random order that `seed` fixes, each whole and with its
+    bias; the first that would exceed the LRCs' number of parameters gives as many of its first rows as fit, and ends
+    it. Refused where that is not within 1 %.
+    """
+
+    seed: int
+
+    @torch.no_grad()
+    def prepare(self, model: PreTrainedModel) -> None:
+        budget = sum(p.numel() for p in component_parameters(model, LowRankLinear))
+        matrices = {
+            f"{name}{suffix}": model.get_submodule(f"{name}{suffix}")
+            for name, module in components(model).items()
+            for suffix in ([".A", ".B"] if isinstance(module, LowRankLinear) else [""])
+        }
+        order = torch.randperm(len(matrices), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        self._chosen, left = [], budget
+        for name in [list(matrices)[index] for index in order]:
+            linear = matrices[name]
+            own = list(linear.parameters())
+            if (size := sum(p.numel() for p in own)) <= left:
+                self._chosen, left = self._chosen + own, left - size
+                continue
+            if rows := left // linear.in_features:
+                split = SplitLinear(linear, rows)
+                replace(model, name, split)
+                self._chosen, left = [*self._chosen, split.rows], left - split.rows.numel()
+            break
+        if left > budget / 100:
+            raise Refused(
+                f"mode={self.name} cannot choose within 1 % of the {budget} parameters of the LRCs: {left} are left, "
+                f"fewer than one row has. Change mode.seed, or use a larger model."
+            )
+
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        return self._chosen and self._chosen + self.normalizations(model)
+
+    @torch.no_grad()
+    def finish(self, model: PreTrainedModel) -> None:
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, SplitLinear)]:
+            layer.base.weight[: len(layer.rows)] = layer.rows
+            replace(model, name, layer.base)
