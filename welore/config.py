@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from welore import allocate, loggers, models, modes, prune, ranks, refine, rules, svd, tasks, trainer
+from welore import allocate, chosen, loggers, models, modes, partition, prune, ranks, refine, rules, svd, tasks, trainer
 from welore.cache import digest
 from welore.errors import Refused
 from welore.moments import Needs
@@ -32,6 +32,7 @@ SCHEMAS = {
     "svd/whitened": svd.Whitened,
     "svd/kfac": svd.Kfac,
     "ranks/welore": ranks.Welore,
+    "ranks/partition": partition.Partition,
     "ranks/uniform": ranks.Uniform,
     "ranks/given": ranks.Given,
     "ranks/owl": rules.Owl,
@@ -52,6 +53,7 @@ SCHEMAS = {
     "mode/full": modes.Full,
     "mode/lora": modes.Lora,
     "mode/galore": modes.GaLore,
+    "mode/chosen": chosen.Chosen,
     "task/package": tasks.PackageTask,
     "task/hub": tasks.HubTask,
     "calibration/package": tasks.PackageCalibration,

@@ -1,6 +1,7 @@
 """Which parameters a run trains, and with which optimizer. The config object is the strategy."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ class Mode:
     @property
     def trains(self) -> bool:
         return True
+
+    def divide(self, lrc: Mapping[str, int]) -> None:
+        """Hear which weights are WeLore's LRCs, and at which ranks; most modes look at the model alone."""
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Change the model before its parameters are chosen; most modes have nothing to change."""
