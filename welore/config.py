@@ -12,7 +12,21 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from welore import allocate, chosen, loggers, models, modes, partition, prune, ranks, refine, rules, svd, tasks, trainer
+from welore import (
+    allocate,
+    chosen,
+    loggers,
+    models,
+    modes,
+    partition,
+    prune,
+    ranks,
+    refine,
+    rules,
+    svd,
+    tasks,
+    trainer,
+)
 from welore.cache import digest
 from welore.errors import Refused
 from welore.moments import Needs

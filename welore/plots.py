@@ -131,6 +131,30 @@ def diagonal_figure(panels: dict[str, dict[str, Points]], title: str, below: str
     return figure
 
 
+def training_figure(curves: dict[str, dict[str, Points]], bars: dict[str, dict[str, float]], title: str) -> "Figure":
+    """Panels of what changes by step, on log scales of their own, then panels of one bar a method; one key for all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.0 * (len(curves) + len(bars)), 3.4), dpi=150, layout="constrained")
+    axes = list(figure.subplots(1, len(curves) + len(bars), squeeze=False).flat)
+    for axis, (panel, lines) in zip(axes, curves.items(), strict=False):
+        for position, (label, points) in enumerate(lines.items()):
+            marker = _style(position)["marker"] if len(points) <= 20 else ""
+            axis.plot(*zip(*points, strict=True), **_style(position) | {"marker": marker}, markersize=4, label=label)
+        axis.set(title=panel, xlabel="optimizer steps", yscale="log")
+    for axis, (panel, values) in zip(axes[len(curves) :], bars.items(), strict=True):
+        drawn = axis.bar(range(len(values)), list(values.values()), color=[f"C{i}" for i in range(len(values))])
+        axis.bar_label(drawn, fmt="{:,.3g}", fontsize="small")
+        axis.set(title=panel, xticks=[])
+        axis.margins(y=0.12)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_size("medium")
+    figure.suptitle(title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
 def _style(position: int) -> dict[str, Any]:
     """Told apart by color and marker, those beyond the ten colors by the line too."""
     return {
