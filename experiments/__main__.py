@@ -90,7 +90,7 @@ def listing(outputs: str) -> str:
         for scale in SCALES:
             rows = gather(artefact, scale, outputs)
             missing = sum(row.missing for row in rows)
-            more = ", more follow from them" if missing and hasattr(artefact, "then") else ""
+            more = ", more may follow from them" if missing and hasattr(artefact, "then") else ""
             lines.append(f"{'':13}{scale:8}{len(rows) - missing} done, {missing} missing{more}")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from experiments.tuning import studies, surely_below, then
 from welore.config import compose, to_config
 from welore.plots import save
 from welore.records import Record
+from welore.runner import run
 
 NAMES = ["table4", "table5", "figure4", "figure5", "who_learns", "recover"]
 UNTUNED = 500.0
@@ -307,3 +308,20 @@ def test_the_seeds_are_asked_for_after_the_grid(tmp_path, capsys):
     assert main(["figure4", f"outputs={tmp_path}"]) == 1
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python run.py ")]
     assert len(commands) == 4 and all("mode.lr=0.0005" in c and ("seed=1" in c or "seed=2" in c) for c in commands)
+
+
+@pytest.mark.slow
+def test_a_grid_and_its_seeds_run_on_the_tiny_model(tmp_path):
+    def run_all(cells):
+        for cell in cells:
+            where = ["trainer=cpu", "logger=none", "save=false", "trainer.progress=false", f"outputs={tmp_path}"]
+            config = to_config(compose([*overrides_of(cell), *where]))
+            run(config, tmp_path / fingerprint_of(cell))
+        return find(cells, str(tmp_path), tuning.NEEDS)
+
+    small = {"model": "tiny", "task": "sotu", "task/protocol": "smoke", "task/training": "smoke"}
+    rows = run_all([cell | small for cell in figure4.cells("laptop")])
+    rows += run_all(then("laptop", rows))
+    assert len(rows) == 10 and not any(row.missing for row in rows)
+    page = figure4.render(rows)
+    assert page.figures and all(line[page.header.index("seeds")] == "3" for line in page.body)
