@@ -13,7 +13,7 @@ from experiments import tuned, tuning
 from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
-from experiments.tuned import Numbers, lower, surely_lower
+from experiments.tuned import Numbers, lower, sure
 from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
 from welore.plots import lines_figure
 
@@ -72,10 +72,12 @@ def claims(found: dict[tuple[str, str], Study], numbers: Numbers) -> list[Claim]
     return [
         better(whitened, plain),
         better(best, whitened),
-        Claim(
+        *sure(
             f"{best} is better than {plain} after tuning by more than two standard errors",
-            None,
-            surely_lower(found, tuned_places, best, plain),
+            found,
+            tuned_places,
+            best,
+            plain,
         ),
         Claim(
             f"{best}, never tuned, is better than {plain} after {TOKENS[-1]:,} tokens",

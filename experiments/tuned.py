@@ -109,6 +109,15 @@ def surely_lower(found: dict[tuple[str, str], Study], places: Sequence[str], col
     return {place: surely_below(found.get((place, column)), found.get((place, other))) for place in places}
 
 
+def sure(
+    text: str, found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str
+) -> list[Claim]:
+    """The claim of `surely_lower`; none where every study has its one seed and no error can be known."""
+    if all(not study.missing and len(study.runs) == 1 for study in found.values()):
+        return []
+    return [Claim(text, None, surely_lower(found, places, column, other))]
+
+
 def training_picture(labelled: dict[str, Study], title: str):
     """Loss and validation perplexity by step, tokens per second and trained parameters, of seed 0 at the chosen rate.
 

@@ -16,7 +16,7 @@ from experiments import tuned, tuning
 from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
-from experiments.tuned import lower, surely_lower
+from experiments.tuned import lower, sure
 from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
 
 NEEDS = tuning.NEEDS
@@ -54,7 +54,7 @@ def claims(found: dict[tuple[str, str], Study]) -> list[Claim]:
     def claim(text: str, places: Sequence[str], who: str, other: str) -> list[Claim]:
         return [
             Claim(text, None, lower(numbers, places, who, other)),
-            Claim(f"{text}, by more than two standard errors", None, surely_lower(found, places, who, other)),
+            *sure(f"{text}, by more than two standard errors", found, places, who, other),
         ]
 
     return [
