@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
-from experiments.cells import check_infrastructure, default_outputs, find, launch
+from experiments.cells import Cell, Row, check_infrastructure, default_outputs, find, launch
 from experiments.page import Page
 from welore import plots
 from welore.errors import Refused
@@ -32,9 +32,13 @@ class Request:
 
 
 def names() -> list[str]:
-    """The modules here that are named after a table or a figure of the paper, and the comparison that it lacks."""
+    """The modules here that are named after a table or a figure of the paper, and the comparisons that it lacks."""
     found = [path.stem for path in Path(__file__).parent.glob("*.py")]
-    return sorted(name for name in found if re.fullmatch(r"(v\d_)?(table|figure)\d+|equal_budget|ablation", name))
+    return sorted(
+        name
+        for name in found
+        if re.fullmatch(r"(v\d_)?(table|figure)\d+|equal_budget|ablation|who_learns|recover", name)
+    )
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -68,6 +72,14 @@ def about(artefact: ModuleType) -> tuple[str, str]:
     return lines[0], lines[1]
 
 
+def gather(artefact: ModuleType, scale: str, outputs: str) -> list[Row]:
+    """The cells of an artefact with their runs; after them those that follow from what these have found, if any do."""
+    rows = find(artefact.cells(scale), outputs, artefact.NEEDS)
+    if not hasattr(artefact, "then"):
+        return rows
+    return rows + find(artefact.then(scale, rows), outputs, artefact.NEEDS)
+
+
 def listing(outputs: str) -> str:
     """Every artefact with its caption, its cells done and missing at each scale, and its cost."""
     lines = []
@@ -76,9 +88,10 @@ def listing(outputs: str) -> str:
         caption, cost = about(artefact)
         lines += [f"{name:13}{caption}", f"{'':13}{cost}"]
         for scale in SCALES:
-            rows = find(artefact.cells(scale), outputs, artefact.NEEDS)
+            rows = gather(artefact, scale, outputs)
             missing = sum(row.missing for row in rows)
-            lines.append(f"{'':13}{scale:8}{len(rows) - missing} done, {missing} missing")
+            more = ", more may follow from them" if missing and hasattr(artefact, "then") else ""
+            lines.append(f"{'':13}{scale:8}{len(rows) - missing} done, {missing} missing{more}")
     return "\n".join(lines)
 
 
@@ -98,11 +111,12 @@ def show(request: Request) -> int:
     """Print an artefact; write it if it is whole. The exit status: 1 where cells are missing."""
     artefact = load(request.name)
     check_infrastructure(request.overrides)
-    cells = artefact.cells(request.scale)
-    rows = find(cells, request.outputs, artefact.NEEDS)
-    if request.overrides:
-        launch(rows, request.name, request.outputs, request.overrides)
-        rows = find(cells, request.outputs, artefact.NEEDS)
+    rows = gather(artefact, request.scale, request.outputs)
+    tried: list[Cell] = []
+    while request.overrides and (new := [row for row in rows if row.missing and row.cell not in tried]):
+        launch(new, request.name, request.outputs, request.overrides)
+        tried += [row.cell for row in new]
+        rows = gather(artefact, request.scale, request.outputs)
     page, name = artefact.render(rows), f"{request.name}-{request.scale}"
     caption = about(artefact)[0]
     print(page.markdown(caption, name))

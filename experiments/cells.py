@@ -21,6 +21,7 @@ from welore.metrics import Metric
 from welore.records import Record, Sweep, records, sweeps
 
 Cell = dict[str, Any]  # Hydra overrides
+DIVERGED = "FloatingPointError: the loss of step"  # how a record says that training met a loss that is not finite
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,11 @@ class Row:
     record: Record | None = None
     why: str | None = None
     again: bool = False  # a record is there without the files that the artefact draws
+    diverged: bool = False  # training came to a loss that is not finite: an outcome, which another run would repeat
 
     @property
     def missing(self) -> bool:
-        return self.record is None
+        return self.record is None and not self.diverged
 
     @property
     def stage(self) -> str:
@@ -48,12 +50,18 @@ class Row:
 
     @property
     def perplexity(self) -> float:
-        """Of the compressed or the tuned model, whichever the cell is about; NaN where it breaks."""
+        """Of the compressed or the tuned model, whichever the cell is about; NaN where it breaks or diverged."""
+        if self.diverged:
+            return math.nan
         metric = metrics.COMPRESSED_PERPLEXITY if self.stage == "compressed" else metrics.TUNED_PERPLEXITY
         return math.nan if self.breaks_at is not None else self.number(metric)
 
     def number(self, metric: Metric) -> float:
         return self.record.metrics[metric.key]
+
+    def found(self, metric: Metric) -> Any:
+        """A number that not every record has."""
+        return self.record.metrics.get(metric.key)
 
     def asked(self, name: str, outputs: str) -> Cell:
         """The cell with all that it takes to run it for the artefact `name`."""
@@ -115,7 +123,8 @@ def _row(cell: Cell, latest: dict[str, tuple[Path, Record]], needs: Sequence[str
     if record is None:
         return Row(cell, why="never run")
     if record.status != "done":
-        return Row(cell, folder, why=f"failed: {(record.error or 'no reason given').splitlines()[0]}")
+        why = (record.error or "no reason given").splitlines()[0]
+        return Row(cell, folder, why=f"failed: {why}", diverged=why.startswith(DIVERGED))
     absent = [file for file in needs if not (folder / file).exists()]
     if absent:
         return Row(cell, folder, why=f"its run folder has no {' and no '.join(absent)}", again=True)

@@ -13,6 +13,8 @@ BUDGET = "(err achieved, share of the parameters of the compressible weights kep
 
 def entry(row: Row) -> str:
     """The perplexity of a row with the budget that it was reached in."""
+    if row.diverged:
+        return "diverged"
     return "missing" if row.record is None else f"{perplexity(row)} ({', '.join(budget(row))})"
 
 

@@ -49,7 +49,7 @@ class Grid:
         body = [self._line(model, err, found) for model in models for err in ERRS]
         beside = [f"{model}: beside it the paper's {self._published(model).title}" for model in models]
         meaning = f"perplexity {BUDGET}; NaN (layer): the loss stops being finite in that layer"
-        numbers = {place: row.perplexity for place, row in found.items() if row.record}
+        numbers = {place: row.perplexity for place, row in found.items() if not row.missing}
         return Page(header, body, [meaning, *notes, *beside, *measured(rows)], claims(models, numbers))
 
     def _line(self, model: str, err: float, found: dict[tuple[str, float, str], Row]) -> list[str]:

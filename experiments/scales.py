@@ -6,6 +6,8 @@ from pathlib import Path
 from experiments.cells import Cell
 
 MODELS = {"laptop": ["smollm2_135m"], "paper": ["llama2_7b", "llama2_13b", "mistral_7b"]}
+# The perplexity of guessing every token alike.
+VOCABULARY = {"smollm2_135m": 49_152, "llama2_7b": 32_000, "llama2_13b": 32_000, "mistral_7b": 32_000}
 
 
 def setting(scale: str, text: str = "c4") -> Cell:

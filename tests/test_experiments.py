@@ -69,7 +69,13 @@ def metrics_of(cell, tuned):
         else None,
     }
     zeros = {"compress/sparsity": sparsity / 2, "compress/n_lrc_sparsity": sparsity} if sparsity else {}
-    return found | zeros | ({"tuned/perplexity": 9.0} if tuned else {})
+    fit = {
+        "tuned/perplexity": 9.0,
+        "fit/trainable_parameters": 1000,
+        "fit/tokens_per_second": 400.0,
+        "fit/peak_gib": 2.0,
+    }
+    return found | zeros | (fit if tuned else {})
 
 
 def record_of(cell, name="0000000000", config=None):
@@ -88,13 +94,17 @@ def leave_spectra(folder):
             spectra[name] = torch.linspace(1, 0, 10) ** (20.0 if steep else 0.5)
             ranks[name] = 1 if steep or layer == 0 else None
     save_file(spectra, folder / "spectra.safetensors")
+    (folder / "history.jsonl").write_text('{"step": 0, "train/loss": 3.0, "validation/perplexity": 20.0}\n')
     (folder / "ranks.json").write_text(json.dumps(ranks))
 
 
 def whole(name, scale, folder):
     """A row with a record for every cell."""
     leave_spectra(folder)
-    return [Row(cell, folder, record_of(cell)) for cell in load(name).cells(scale)]
+    artefact = load(name)
+    rows = [Row(cell, folder, record_of(cell)) for cell in artefact.cells(scale)]
+    following = artefact.then(scale, rows) if hasattr(artefact, "then") else []
+    return rows + [Row(cell, folder, record_of(cell)) for cell in following]
 
 
 def fill(name, outputs, count=None):
@@ -128,7 +138,9 @@ def test_the_artefacts_of_the_paper_are_found():
 @pytest.mark.parametrize("name", names())
 def test_an_artefact_says_what_it_is_and_what_it_costs(name):
     caption, cost = about(load(name))
-    assert caption.startswith(("Table", "Figure", "Equal budgets", "Ablation")) and caption.endswith(".")
+    assert caption.startswith(
+        ("Table", "Figure", "Equal budgets", "Ablation", "Who learns", "Recover")
+    ) and caption.endswith(".")
     assert cost.startswith("Cost: ") and "laptop" in cost and "paper" in cost
 
 

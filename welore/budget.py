@@ -73,10 +73,16 @@ class Plan:
     err_attempted: float  # the same counting also the ranks that the threshold would remove from dense weights (Eq. 1)
     keep: float  # share of the parameters of the compressible weights that are still stored
     threshold: float | None = None  # k, or the price of a rank or parameter, where one number made the plan
+    lrc: dict[str, int] | None = None  # WeLore's LRCs and their ranks, where others are cut than they
 
     @property
     def factored(self) -> dict[str, int]:
         return {name: rank for name, rank in self.ranks.items() if rank is not None}
+
+    @property
+    def division(self) -> dict[str, int]:
+        """The LRCs with the ranks that WeLore gives them, whether they are factored or not."""
+        return self.factored if self.lrc is None else self.lrc
 
 
 def tally(

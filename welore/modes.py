@@ -1,6 +1,7 @@
 """Which parameters a run trains, and with which optimizer. The config object is the strategy."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,9 @@ class Mode:
     def refactors(self) -> bool:
         """Whether it takes LRCs apart anew, which leaves no zero of a pruned factor where it was."""
         return False
+
+    def divide(self, lrc: Mapping[str, int]) -> None:
+        """Hear which weights are WeLore's LRCs, and at which ranks; most modes look at the model alone."""
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Change the model before its parameters are chosen; most modes have nothing to change."""

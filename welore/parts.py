@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from welore.errors import Refused
 from welore.lowrank import LowRankLinear, balanced, replace, singular
 from welore.models import components, decoder_layers
-from welore.modes import Adam, Full, check_rank, component_parameters
+from welore.modes import Adam, Full, check_rank
 
 
 class SingularLinear(LowRankLinear):
@@ -154,62 +154,3 @@ class Lisa(Full):
                 parameter.requires_grad_(index in drawn)
                 if index not in drawn:
                     optimizer.state.pop(masters.get(id(parameter), parameter), None)
-
-
-class SplitLinear(nn.Module):
-    """A linear layer of which the first K rows train, as a parameter of their own."""
-
-    def __init__(self, base: nn.Linear, rows: int):
-        super().__init__()
-        self.base, self.rows = base, nn.Parameter(base.weight[:rows].detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch.cat([self.rows, self.base.weight[len(self.rows) :]]), self.base.bias)
-
-
-@dataclass
-class RandomPart(Adam):
-    """The control: a random set of compressible weights that holds as many numbers as the LRCs do.
-
-    Matrices (an N-LRC, or one factor of an LRC) are taken in a random order that `seed` fixes, each whole and with its
-    bias; the first that would exceed the LRCs' number of parameters gives as many of its first rows as fit, and ends
-    it. Refused where that is not within 1 %.
-    """
-
-    seed: int
-
-    @torch.no_grad()
-    def prepare(self, model: PreTrainedModel) -> None:
-        budget = sum(p.numel() for p in component_parameters(model, LowRankLinear))
-        matrices = {
-            f"{name}{suffix}": model.get_submodule(f"{name}{suffix}")
-            for name, module in components(model).items()
-            for suffix in ([".A", ".B"] if isinstance(module, LowRankLinear) else [""])
-        }
-        order = torch.randperm(len(matrices), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        self._chosen, left = [], budget
-        for name in [list(matrices)[index] for index in order]:
-            linear = matrices[name]
-            own = list(linear.parameters())
-            if (size := sum(p.numel() for p in own)) <= left:
-                self._chosen, left = self._chosen + own, left - size
-                continue
-            if rows := left // linear.in_features:
-                split = SplitLinear(linear, rows)
-                replace(model, name, split)
-                self._chosen, left = [*self._chosen, split.rows], left - split.rows.numel()
-            break
-        if left > budget / 100:
-            raise Refused(
-                f"mode={self.name} cannot choose within 1 % of the {budget} parameters of the LRCs: {left} are left, "
-                f"fewer than one row has. Change mode.seed, or use a larger model."
-            )
-
-    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        return self._chosen and self._chosen + self.normalizations(model)
-
-    @torch.no_grad()
-    def finish(self, model: PreTrainedModel) -> None:
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, SplitLinear)]:
-            layer.base.weight[: len(layer.rows)] = layer.rows
-            replace(model, name, layer.base)

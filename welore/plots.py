@@ -4,6 +4,7 @@ matplotlib is imported by the first figure and not before, so that a table does 
 without pyplot: nothing is global and no window opens.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -128,6 +129,38 @@ def diagonal_figure(panels: dict[str, dict[str, Points]], title: str, below: str
             (1.0, 1.0), (10.0, 10.0), color="black", linewidth=0.8, linestyle=":", label="predicted = measured"
         )
     _finish(figure, axes, below, left)
+    return figure
+
+
+def training_figure(curves: dict[str, dict[str, Points]], bars: dict[str, dict[str, float]], title: str) -> "Figure":
+    """Panels of what changes by step, on scales of their own, then panels of one bar a method; one key for all.
+
+    Where the largest number of a panel is ten times the smallest, its scale is logarithmic.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.0 * (len(curves) + len(bars)), 3.4), dpi=150, layout="constrained")
+    axes = list(figure.subplots(1, len(curves) + len(bars), squeeze=False).flat)
+    for axis, (panel, lines) in zip(axes, curves.items(), strict=False):
+        for position, (label, points) in enumerate(lines.items()):
+            marker = _style(position)["marker"] if len(points) <= 20 else ""
+            axis.plot(*zip(*points, strict=True), **_style(position) | {"marker": marker}, markersize=4, label=label)
+        heights = [height for points in lines.values() for _, height in points if 0 < height < math.inf]
+        wide = bool(heights) and max(heights) > 10 * min(heights)
+        axis.set(title=panel, xlabel="optimizer steps", yscale="log" if wide else "linear")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis, (panel, values) in zip(axes[len(curves) :], bars.items(), strict=True):
+        drawn = axis.bar(range(len(values)), list(values.values()), color=[f"C{i}" for i in range(len(values))])
+        axis.bar_label(
+            drawn, fmt=lambda height: f"{height:,.0f}" if height >= 100 else f"{height:.3g}", fontsize="small"
+        )
+        axis.set(title=panel, xticks=[])
+        axis.margins(y=0.12)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_size("medium")
+    figure.suptitle(title)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

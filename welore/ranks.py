@@ -122,6 +122,11 @@ class Ranks:
         return Needs.NOTHING
 
     @property
+    def cuts(self) -> bool:
+        """Whether a plan without a factored weight is a mistake."""
+        return True
+
+    @property
     def coordinates(self) -> str:
         """`same`: the spectra are those in the coordinates of svd=. `plain`: those of W, whatever svd= is."""
         return "same"

@@ -168,7 +168,7 @@ def sparsity(counts: dict[str, Any], stage: str) -> dict[str, Any]:
 
 def _refuse_empty(plan: Plan, config: Config) -> None:
     shares = (1 - (config.err or 0), config.keep, config.bytes, config.flops)
-    if not plan.factored and min(share for share in shares if share is not None) < 1:
+    if config.ranks.cuts and not plan.factored and min(share for share in shares if share is not None) < 1:
         raise Refused(
             f"{config.asked} with ranks={config.ranks.name} and ranks.dense={config.ranks.dense} leaves every weight "
             f"dense. Ask for a smaller model, or write ranks.dense=never."

@@ -107,6 +107,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
     with config.logger.open(folder, record.fingerprint, config.group, tags, asdict(config)) as loggers:
         if config.mode.trains:
+            config.mode.divide(plan.division)
             found |= tune(model, tokenizer, config, folder, cache, loggers)
             found |= _evaluate(model, windows_BL, config, "tuned")
             found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)

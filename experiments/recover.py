@@ -1,0 +1,92 @@
+"""Recover: what a better cut is still worth after tuning: perplexity after 0, 30k and 300k tokens of LRC-only tuning.
+
+Cost: laptop 18 runs and 12 that follow, a guess of 4 hours on 2 CPU cores; paper 18 runs, never measured.
+
+Three cuts at the same keep: WeLore's own, its ranks with whitened factors, and K-FAC factors at Lagrange ranks, all
+calibrated on the text that they are tuned on.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+
+from experiments import tuned, tuning
+from experiments.cells import Cell, Row
+from experiments.page import Claim, Page
+from experiments.scales import MODELS, setting
+from experiments.tuned import Numbers, lower, sure
+from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
+from welore.plots import lines_figure
+
+NEEDS = tuning.NEEDS
+KEEP = 0.8
+TOKENS = [30_000, 300_000]
+_WELORE = {"ranks": "welore", "ranks.dense": "break_even"}
+STARTS: dict[str, Cell] = {
+    "welore + plain": {"svd": "plain", **_WELORE},
+    "welore + whitened": {"svd": "whitened", **_WELORE},
+    "lagrange + kfac": {"svd": "kfac", "ranks": "lagrange"},
+}
+
+
+def cells(scale: str) -> list[Cell]:
+    shared = {"model": MODELS[scale][0], "keep": KEEP, "mode": "welore"} | setting(scale)
+    combinations = product(STARTS.values(), TOKENS)
+    starts = [shared | start | {"task.training.tokens": tokens} for start, tokens in combinations]
+    return [cell for start in starts for cell in tuning.grid(start)]
+
+
+def render(rows: Sequence[Row]) -> Page:
+    found = {_place(study): study for study in studies(rows)}
+    numbers: Numbers = {place: study.perplexity for place, study in found.items()}
+    for start in STARTS:
+        numbers["0", start] = found[str(TOKENS[0]), start].untuned
+    lines = [([start, tokens], study) for (tokens, start), study in found.items()]
+    page = tuned.page(["cut", "tokens"], lines, rows, claims(found, numbers), ["0 tokens: untuned"], "claim")
+    if not any(study.missing for study in found.values()):
+        page.figures = {"": _figure(numbers, next(iter(found.values())).cell["model"])}
+    return page
+
+
+def _place(study: Study) -> tuple[str, str]:
+    start = next(name for name, options in STARTS.items() if options.items() <= study.cell.items())
+    return str(study.cell["task.training.tokens"]), start
+
+
+def _figure(numbers: Numbers, model: str):
+    tokens = [0, *TOKENS]
+    lines = {start: [(count / 1000, numbers[str(count), start]) for count in tokens] for start in STARTS}
+    title = f"{model}, keep {KEEP:g}"
+    return lines_figure({"LRC-only tuning": lines}, title, "thousand training tokens", "perplexity", "log")
+
+
+def claims(found: dict[tuple[str, str], Study], numbers: Numbers) -> list[Claim]:
+    plain, whitened, best = STARTS
+    tuned_places = [str(tokens) for tokens in TOKENS]
+
+    def better(start: str, other: str) -> Claim:
+        return Claim(
+            f"{start} is better than {other}, before and after tuning", None, lower(numbers, places, start, other)
+        )
+
+    places = ["0", *tuned_places]
+    return [
+        better(whitened, plain),
+        better(best, whitened),
+        *sure(
+            f"{best} is better than {plain} after tuning by more than two standard errors",
+            found,
+            tuned_places,
+            best,
+            plain,
+        ),
+        Claim(
+            f"{best}, never tuned, is better than {plain} after {TOKENS[-1]:,} tokens",
+            None,
+            _untuned_beats(numbers, best, plain),
+        ),
+    ]
+
+
+def _untuned_beats(numbers: Numbers, start: str, other: str) -> dict[str, bool | None]:
+    crossed = {("", start): numbers["0", start], ("", other): numbers[str(TOKENS[-1]), other]}
+    return {f"0 against {TOKENS[-1]:,} tokens": lower(crossed, [""], start, other)[""]}

@@ -1,0 +1,144 @@
+"""What a table prints of a study, and the comparisons between studies that claims are made of."""
+
+import math
+from collections.abc import Sequence
+
+from experiments.cells import Row
+from experiments.compare import below, budget, joined, measured, ratio
+from experiments.page import Claim, Outcomes, Page
+from experiments.tuning import FACTORS, Study, curve, surely_below, validation_curve
+from welore import metrics
+from welore.measure import GIB
+from welore.plots import training_figure
+from welore.report import number
+
+COLUMNS = ["err", "keep", "parameters", "dense", "untuned", "tuned", "seeds", "learning rate", "best at the edge"]
+COLUMNS += ["trained", "tokens", "tokens/s", "peak GiB", "optimizer MB", "device", "flag"]
+NOTES = [
+    f"learning rate: of {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default the one with "
+    "the least validation perplexity at the end, on seed 0; the other seeds run at it. Tokens and precision are equal",
+    "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0",
+    "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
+]
+
+Numbers = dict[tuple[str, str], float | None]  # by place and column
+
+
+def values(study: Study) -> list[str]:
+    """By COLUMNS."""
+    row = study.first
+    if row is None:
+        return [*["—"] * 5, "missing" if study.missing else "diverged", *["—"] * 9, study.flag]
+    line = [*budget(row), number(row.number(metrics.DENSE_PERPLEXITY), 2), _written(study.untuned)]
+    if study.missing:
+        return [*line, "missing", *["—"] * 9, ""]
+    error = "" if study.error is None else f" ± {study.error:,.2f}"
+    chosen = "—" if study.chosen is None else f"{study.chosen:g}"
+    grid = ", ".join(f"{rate:g}" for rate in sorted(study.grid))
+    return [
+        *line,
+        f"{_written(study.perplexity)}{error}",
+        str(len(study.runs)),
+        f"{chosen} of {grid}",
+        study.edge,
+        *_cost(row),
+        study.flag or "—",
+    ]
+
+
+def _written(perplexity: float | None) -> str:
+    return "NaN" if perplexity is not None and math.isnan(perplexity) else number(perplexity, 2)
+
+
+def _cost(row: Row) -> list[str]:
+    trained, state = row.found(metrics.TRAINABLE_PARAMETERS), row.found(metrics.FIT_STATE_GIB)
+    # The state of a record holds the gradients too, which are float32.
+    optimizer = None if state is None else (state * GIB - 4 * trained) / 1e6
+    return [
+        "—" if trained is None else f"{trained / 1e6:,.2f}M",
+        number(row.found(metrics.FIT_TOKENS), 0),
+        number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
+        number(row.found(metrics.FIT_PEAK_GIB), 2),
+        number(optimizer, 1),
+        str(row.record.environment["device"]),
+    ]
+
+
+def page(
+    head: Sequence[str],
+    lines: Sequence[tuple[list[str], Study]],
+    rows: Sequence[Row],
+    claims: list[Claim],
+    notes: Sequence[str] = (),
+    claimant: str = "claim of the paper",
+) -> Page:
+    """A line a study, behind the labels that `head` names; figures are the caller's, where all is there."""
+    body = [[*labels, *values(study)] for labels, study in lines]
+    return Page([*head, *COLUMNS], body, [*notes, *NOTES, *measured(rows)], claims, {}, claimant)
+
+
+def value(study: Study | None, metric: metrics.Metric) -> float | None:
+    """Of the run that stands for a study; None while the study is not whole."""
+    if study is None or study.missing or study.first is None:
+        return None
+    return study.first.found(metric)
+
+
+def lower(numbers: Numbers, places: Sequence[str], column: str, other: str) -> Outcomes:
+    """Whether the number of `column` lies below that of `other`, at each place."""
+    return {place: below(numbers.get((place, column)), numbers.get((place, other))) for place in places}
+
+
+def bounded(numbers: Numbers, places: Sequence[str], over: str, under: str, low: float, high: float) -> Outcomes:
+    """Whether the ratio of two columns lies within bounds, at each place."""
+    found = {place: ratio(numbers.get((place, over)), numbers.get((place, under))) for place in places}
+    return {place: None if value is None else low <= value <= high for place, value in found.items()}
+
+
+def rising(numbers: Numbers, lines: Sequence[Sequence[str]], over: str, under: str) -> Outcomes:
+    """Whether the ratio of two columns is larger at each place of a line than at the place before."""
+    outcomes: list[Outcomes] = []
+    for places in lines:
+        ratios = [ratio(numbers.get((place, over)), numbers.get((place, under))) for place in places]
+        outcomes.append({place: below(a, b) for place, a, b in zip(places[1:], ratios, ratios[1:], strict=False)})
+    return joined(*outcomes)
+
+
+def surely_lower(found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str) -> Outcomes:
+    """`lower` for means over seeds, by more than two standard errors of the difference."""
+    return {place: surely_below(found.get((place, column)), found.get((place, other))) for place in places}
+
+
+def sure(
+    text: str, found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str
+) -> list[Claim]:
+    """The claim of `surely_lower`; none where every study has its one seed and no error can be known."""
+    if all(not study.missing and len(study.runs) == 1 for study in found.values()):
+        return []
+    return [Claim(text, None, surely_lower(found, places, column, other))]
+
+
+def training_picture(labelled: dict[str, Study], title: str):
+    """Loss and validation perplexity by step, tokens per second and trained parameters, of seed 0 at the chosen rate.
+
+    None where a study has no run to draw.
+    """
+    firsts = {label: study.first for label, study in labelled.items()}
+    if any(study.missing or study.chosen is None for study in labelled.values()):
+        return None
+    curves = {
+        "training loss, nats": {k: curve(row.folder, metrics.TRAIN_LOSS.key) for k, row in firsts.items()},
+        "validation perplexity": {k: validation_curve(row.folder) for k, row in firsts.items()},
+    }
+    bars = {
+        "training tokens/s": {k: row.found(metrics.FIT_TOKENS_PER_SECOND) for k, row in firsts.items()},
+        "trained parameters, millions": {
+            k: _million(row.found(metrics.TRAINABLE_PARAMETERS)) for k, row in firsts.items()
+        },
+    }
+    known = {panel: drawn for panel, drawn in bars.items() if None not in drawn.values()}
+    return training_figure(curves, known, title)
+
+
+def _million(count: int | None) -> float | None:
+    return None if count is None else count / 1e6

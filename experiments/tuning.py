@@ -1,0 +1,173 @@
+"""Modes compared fairly: each at the learning rate of a grid that is best on validation text, then on more seeds.
+
+A study is one way to tune one model. Its grid runs on the first seed; the other seeds run at the rate that won, so
+that they are cells only once the grid is done (`then`). Tokens and precision are those of the setting, for all alike.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+
+from experiments.cells import Cell, Row
+from experiments.scales import VOCABULARY
+from welore import metrics
+from welore.config import compose
+from welore.history import HISTORY, read_history
+
+NEEDS = (HISTORY,)
+FACTORS = (0.25, 1.0, 4.0)  # of the learning rate that a mode has by default
+SEEDS = {"laptop": [0, 1, 2], "paper": [0]}
+
+Key = str
+
+
+def grid(cell: Cell, factors: Sequence[float] = FACTORS) -> list[Cell]:
+    """The cell at each learning rate, on the first seed."""
+    default = default_rate(cell["mode"], cell["task/training"])
+    return [cell | {"mode.lr": float(f"{default * factor:.6g}"), "seed": 0} for factor in factors]
+
+
+@cache
+def default_rate(mode: str, training: str) -> float:
+    return float(compose([f"mode={mode}", f"task/training={training}"]).mode.lr)
+
+
+def then(scale: str, rows: Sequence[Row]) -> list[Cell]:
+    """The other seeds of every study whose grid is done, at its best learning rate."""
+    done = [study for study in studies(rows) if study.chosen is not None]
+    return [
+        study.cell | {"mode.lr": study.chosen, "seed": seed} for study in done for seed in SEEDS[scale] if seed != 0
+    ]
+
+
+def studies(rows: Sequence[Row]) -> "list[Study]":
+    """In the order of their first rows."""
+    found: dict[Key, list[Row]] = {}
+    for row in rows:
+        found.setdefault(json.dumps(_base(row.cell), sort_keys=True), []).append(row)
+    return [Study(_base(members[0].cell), tuple(members)) for members in found.values()]
+
+
+def _base(cell: Cell) -> Cell:
+    return {key: value for key, value in cell.items() if key not in ("mode.lr", "seed")}
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs that differ in learning rate and seed alone."""
+
+    cell: Cell
+    rows: tuple[Row, ...]
+
+    @property
+    def grid(self) -> dict[float, Row]:
+        return {row.cell["mode.lr"]: row for row in self.rows if row.cell["seed"] == 0}
+
+    @property
+    def chosen(self) -> float | None:
+        """The rate with the lowest validation perplexity; None while the grid is not done, or where all diverged."""
+        if any(row.missing for row in self.grid.values()):
+            return None
+        scores = {lr: validation(row) for lr, row in self.grid.items()}
+        best = min(scores, key=scores.get)
+        return best if scores[best] < math.inf else None
+
+    @property
+    def edge(self) -> str:
+        """Whether the best rate is the last that was tried on its side, so that a better one may lie beyond."""
+        rates = sorted(self.grid)
+        if self.chosen is None or len(rates) < 2:
+            return "—"
+        return {rates[0]: "lowest", rates[-1]: "highest"}.get(self.chosen, "no")
+
+    @property
+    def missing(self) -> bool:
+        """Nothing can be said: the grid or one of the seeds that follow from it is not done."""
+        return any(row.missing for row in self.rows)
+
+    @property
+    def runs(self) -> list[Row]:
+        """One a seed, at the chosen rate; those of the grid where every rate diverged."""
+        if self.missing:
+            return []
+        return [row for row in self.rows if self.chosen in (None, row.cell["mode.lr"])]
+
+    @property
+    def first(self) -> Row | None:
+        """The run that stands for what does not depend on the seed; the compressed model is the same in all."""
+        return next((row for row in [*self.runs, *self.rows] if row.record), None)
+
+    @property
+    def perplexity(self) -> float | None:
+        """The mean over seeds; NaN where one breaks or diverged, None where one is missing."""
+        return mean(_perplexity(row) for row in self.runs) if self.runs else None
+
+    @property
+    def error(self) -> float | None:
+        """Of the mean, from the spread of the seeds; None for a single one."""
+        found = [_perplexity(row) for row in self.runs]
+        return stdev(found) / math.sqrt(len(found)) if len(found) > 1 and all(map(math.isfinite, found)) else None
+
+    @property
+    def untuned(self) -> float | None:
+        """Perplexity of the same model before training; NaN where it breaks."""
+        if self.first is None:
+            return None
+        found = self.first.found(metrics.COMPRESSED_PERPLEXITY)
+        return math.nan if found is None else found
+
+    @property
+    def flag(self) -> str:
+        """`did not train` and why, where a seed shows no more than a model that was left alone, or than chance."""
+        if not self.runs:
+            return ""
+        reasons = [reason for row in self.runs if (reason := self._failing(row))]
+        if not reasons:
+            return ""
+        share = "" if len(reasons) == len(self.runs) else f", {len(reasons)} of {len(self.runs)} seeds"
+        return f"did not train: {', '.join(dict.fromkeys(reasons))}{share}"
+
+    def _failing(self, row: Row) -> str | None:
+        if row.diverged:
+            return "diverged"
+        if math.isnan(_perplexity(row)):
+            return "perplexity too large for a number" if row.breaks_at is None else f"breaks in {row.breaks_at}"
+        if row.perplexity >= VOCABULARY.get(self.cell["model"], math.inf):
+            return "at chance"
+        return "no better than untuned" if row.perplexity >= self.untuned else None
+
+
+def _perplexity(row: Row) -> float:
+    """NaN where it is too large for a number, too."""
+    return math.nan if row.perplexity is None else row.perplexity
+
+
+def validation(row: Row) -> float:
+    """The last validation perplexity of a run, at the same step for all of a study; infinite where it is no number."""
+    curve = [] if row.diverged else validation_curve(row.folder)
+    last = curve[-1][1] if curve else math.inf
+    return last if math.isfinite(last) else math.inf
+
+
+def validation_curve(folder: Path) -> list[tuple[float, float]]:
+    """Perplexity on validation text by optimizer steps done."""
+    return curve(folder, metrics.VALIDATION_PERPLEXITY.key)
+
+
+def curve(folder: Path, key: str) -> list[tuple[float, float]]:
+    return [(line["step"] + 1, line[key]) for line in read_history(folder) if line.get(key) is not None]
+
+
+def surely_below(low: Study | None, high: Study | None, errors: float = 2.0) -> bool | None:
+    """Whether one mean lies below the other by more than two standard errors of the difference; None on one seed."""
+    if low is None or high is None or None in (low.perplexity, high.perplexity):
+        return None
+    if math.isnan(high.perplexity) or math.isnan(low.perplexity):
+        return not math.isnan(low.perplexity)
+    if low.error is None or high.error is None:
+        return None
+    return high.perplexity - low.perplexity > errors * math.hypot(low.error, high.error)

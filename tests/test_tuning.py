@@ -1,0 +1,327 @@
+"""Modes at learning rates of their own: what is run, what is chosen, what is flagged, and what is claimed of it."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+
+from experiments import figure4, figure5, recover, table4, table5, tuned, tuning, who_learns
+from experiments.__main__ import gather, load, main
+from experiments.cells import Row, find, fingerprint_of, overrides_of
+from experiments.page import verdict
+from experiments.scales import VOCABULARY
+from experiments.tuning import studies, surely_below, then
+from welore.config import compose, to_config
+from welore.plots import save
+from welore.records import Record
+from welore.runner import run
+
+NAMES = ["table4", "table5", "figure4", "figure5", "who_learns", "recover"]
+UNTUNED = 500.0
+START = {"model": "smollm2_135m", "err": 0.3, "mode": "welore", "task/training": "laptop"}
+
+
+@pytest.fixture(autouse=True)
+def no_texts(tmp_path, monkeypatch):
+    monkeypatch.setenv("WELORE_DATA", str(tmp_path / "no-texts"))
+
+
+def made(folder, cell, perplexity, validation=None, **found):
+    """A row whose run has this perplexity, and the same on validation text unless another is given."""
+    place = folder / f"{abs(hash(json.dumps(cell, sort_keys=True)))}"
+    place.mkdir(parents=True, exist_ok=True)
+    held_out = perplexity if validation is None else validation
+    lines = [
+        {"step": 9, "train/loss": 5.0},
+        {"step": 9, "validation/perplexity": 2 * held_out},
+        {"step": 19, "train/loss": 4.0},
+        {"step": 19, "validation/perplexity": held_out},
+    ]
+    (place / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    numbers = {
+        "dense/perplexity": 30.0,
+        "compressed/perplexity": UNTUNED,
+        "tuned/perplexity": perplexity,
+        "compress/err": 0.3,
+        "compress/keep": 0.86,
+        "compress/parameters": 120_000_000,
+        "fit/trainable_parameters": 10_000_000,
+        "fit/state_gib": 120_000_000 / 2**30,
+        "fit/tokens": 30_000,
+        "fit/tokens_per_second": 400.0,
+        "fit/peak_gib": 2.0,
+    }
+    environment = {"protocol": "c4 test: windows of 512", "device": "a CPU"}
+    return Row(cell, place, Record("0", "done", {"model": {"name": "smollm2_135m"}}, numbers | found, environment))
+
+
+def diverged(cell):
+    return Row(cell, why="failed: FloatingPointError: the loss of step 3 is nan", diverged=True)
+
+
+def study(folder, perplexities, start=START, seeds=(), validation=None):
+    """The study of a grid with these perplexities, by multiple of the default rate, and those of the other seeds."""
+    cells = tuning.grid(start)
+    held_out = validation or perplexities
+    rows = [
+        diverged(cell) if value is None else made(folder, cell, value, score)
+        for cell, value, score in zip(cells, perplexities, held_out, strict=True)
+    ]
+    more = [made(folder, cell, value) for cell, value in zip(then("laptop", rows), seeds, strict=False)]
+    (found,) = studies(rows + more)
+    return found
+
+
+def test_a_grid_is_multiples_of_the_default_rate_of_the_mode():
+    rates = {mode: [cell["mode.lr"] for cell in tuning.grid(START | {"mode": mode})] for mode in ("welore", "lora")}
+    assert rates == {"welore": [0.000125, 0.0005, 0.002], "lora": [0.00125, 0.005, 0.02]}
+
+
+def test_the_run_at_the_default_rate_is_the_plain_run():
+    plain = {"ranks": "welore", **START}
+    assert fingerprint_of(tuning.grid(plain)[1]) == fingerprint_of(plain)
+
+
+def test_the_rate_is_chosen_on_validation_and_not_on_the_test_text(tmp_path):
+    found = study(tmp_path, [100.0, 200.0, 300.0], validation=[60.0, 50.0, 70.0])
+    assert found.chosen == 0.0005 and found.edge == "no"
+    assert [row.perplexity for row in found.runs] == [200.0]
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "edge"), [([1.0, 2.0, 3.0], "lowest"), ([3.0, 1.0, 2.0], "no"), ([3.0, 2.0, 1.0], "highest")]
+)
+def test_a_best_rate_at_the_edge_of_the_grid_is_said(tmp_path, perplexities, edge):
+    found = study(tmp_path, perplexities)
+    assert found.edge == edge and edge in tuned.values(found)
+
+
+def test_the_other_seeds_follow_once_the_grid_is_done(tmp_path):
+    cells = tuning.grid(START)
+    rows = [made(tmp_path, cell, 100.0 + i) for i, cell in enumerate(cells)]
+    assert then("laptop", [*rows[:2], Row(cells[2], why="never run")]) == []
+    assert then("laptop", rows) == [START | {"mode.lr": 0.000125, "seed": seed} for seed in (1, 2)]
+    assert then("paper", rows) == []
+
+
+def test_a_mean_over_seeds_with_its_standard_error(tmp_path):
+    found = study(tmp_path, [200.0, 100.0, 300.0], seeds=[104.0, 108.0])
+    assert found.perplexity == pytest.approx(104.0)
+    assert found.error == pytest.approx(4.0 / math.sqrt(3))
+    values = dict(zip(tuned.COLUMNS, tuned.values(found), strict=True))
+    assert values["tuned"] == "104.00 ± 2.31" and values["seeds"] == "3"
+    assert values["learning rate"] == "0.0005 of 0.000125, 0.0005, 0.002"
+    assert (values["optimizer MB"], values["peak GiB"], values["device"]) == ("80.0", "2.00", "a CPU")
+    assert (values["untuned"], values["dense"], values["flag"]) == ("500.00", "30.00", "—")
+
+
+def test_a_seed_that_is_missing_leaves_a_study_open(tmp_path):
+    found = study(tmp_path, [200.0, 100.0, 300.0])
+    (opened,) = studies([*found.rows, Row(START | {"mode.lr": 0.0005, "seed": 1}, why="never run")])
+    assert opened.missing and opened.perplexity is None and "missing" in tuned.values(opened)
+
+
+@pytest.mark.parametrize(
+    ("perplexities", "seeds", "flag"),
+    [
+        ([90.0, 80.0, None], [81.0, 82.0], ""),
+        ([None, None, None], [], "did not train: diverged"),
+        ([UNTUNED, 600.0, 700.0], [400.0, 400.0], "did not train: no better than untuned, 1 of 3 seeds"),
+        ([VOCABULARY["smollm2_135m"] + 1.0, 1e7, 1e7], [1e6, 1e6], "did not train: at chance"),
+    ],
+)
+def test_what_did_not_train_is_flagged(tmp_path, perplexities, seeds, flag):
+    found = study(tmp_path, perplexities, seeds=seeds)
+    assert found.flag == flag and (flag or "—") in tuned.values(found)[-1]
+    assert not found.missing and "missing" not in tuned.values(found)
+
+
+def test_a_tuned_model_that_breaks_did_not_train(tmp_path):
+    rows = [
+        made(tmp_path, c, 90.0, **{"tuned/perplexity": None, "tuned/breaks_at": "h.1"}) for c in tuning.grid(START)
+    ]
+    (found,) = studies(rows)
+    assert found.flag == "did not train: breaks in h.1" and math.isnan(found.perplexity)
+
+
+def test_a_rate_that_diverges_is_an_outcome_and_is_not_run_again(tmp_path):
+    cell = tuning.grid(START | {"ranks": "welore"})[2]
+    config = asdict(to_config(compose(overrides_of(cell))))
+    error = "FloatingPointError: the loss of step 3 is nan; it starts in model.layers.1\ntrace"
+    Record(fingerprint_of(cell), "failed", config, error=error).save(tmp_path / "run")
+    (row,) = find([cell], str(tmp_path))
+    assert row.diverged and not row.missing and math.isnan(row.perplexity)
+    Record(fingerprint_of(cell), "failed", config, error="OutOfMemoryError: too big").save(tmp_path / "run")
+    (row,) = find([cell], str(tmp_path))
+    assert row.missing and not row.diverged
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "sure"),
+    [([100, 101, 102], [110, 111, 112], True), ([100, 101, 102], [101, 102, 103], False), ([100], [110], None)],
+)
+def test_a_difference_counts_beyond_two_standard_errors(tmp_path, low, high, sure):
+    ours, other = (
+        study(tmp_path / name, [900.0, values[0], 900.0], seeds=values[1:])
+        for name, values in (("a", low), ("b", high))
+    )
+    assert surely_below(ours, other) is sure
+    assert surely_below(ours, study(tmp_path / "c", [None] * 3)) is True
+    assert surely_below(ours, None) is None
+
+
+def whole(name, folder, perplexity):
+    """All rows of an artefact at laptop scale, with perplexities from a function of the cell; None: it diverged."""
+    artefact = load(name)
+
+    def row(cell):
+        value = perplexity(cell)
+        return diverged(cell) if value is None else made(folder, cell, value + cell["seed"])
+
+    rows = [row(cell) for cell in artefact.cells("laptop")]
+    return rows + [row(cell) for cell in artefact.then("laptop", rows)]
+
+
+def best_at_default(cell):
+    """Training helps, the middle of the grid most."""
+    default = tuning.default_rate(cell["mode"], cell["task/training"])
+    return 100.0 + 100.0 * abs(math.log(cell["mode.lr"] / default))
+
+
+def said(page):
+    return {claim.text: verdict(claim.ours) for claim in page.claims}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_study_has_three_seeds_at_its_best_rate(name, tmp_path):
+    rows = whole(name, tmp_path, best_at_default)
+    found = studies(rows)
+    assert all([len(s.runs), s.edge, s.missing] == [3, "no", False] for s in found)
+    assert len(rows) == 5 * len(found)
+    page = load(name).render(rows)
+    assert len(page.body) == len(found) and all(len(line) == len(page.header) for line in page.body)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_artefact_in_which_everything_diverged_says_so(name, tmp_path):
+    page = load(name).render(whole(name, tmp_path, lambda cell: None))
+    assert all(line[-1] == "did not train: diverged" for line in page.body)
+    assert not any(verdict(claim.ours).startswith("holds") for claim in page.claims)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_the_cells_of_a_comparison_are_distinct_and_compose(name, scale):
+    cells = load(name).cells(scale)
+    assert len({json.dumps(cell, sort_keys=True) for cell in cells}) == len(cells)
+    config = to_config(compose(overrides_of(cells[-1])))
+    assert config.mode.lr == cells[-1]["mode.lr"] and config.task.training.name == cells[-1]["task/training"]
+    assert len({json.dumps({k: v for k, v in c.items() if k.startswith("task/")}) for c in cells}) == 1
+
+
+def test_the_papers_numbers_bear_out_what_it_claims_of_tables_4_and_5():
+    paper = {claim.text: claim.row()[1] for claim in table4.claims([]) + table5.claims([])}
+    assert paper["tuning the LRCs lowers perplexity at every err (Table 4)"] == (
+        "does not hold: llama2_7b 0.1, llama2_13b 0.1"
+    )
+    assert paper["the benefit of tuning grows with err (Section 4.2, 1)"] == "holds (12 of 12)"
+    assert paper["WeLore is better than LoRA at every err (Table 5)"] == "holds (8 of 8)"
+    assert paper["WeLore is better than GaLore at every err (Table 5)"] == "holds (8 of 8)"
+    assert paper["memory is close to LoRA's, at most 1.2 of it (Section 4.2, 3)"] == "holds (8 of 8)"
+
+
+def test_table_5_compares_modes_at_their_own_rates(tmp_path):
+    better = {"lora": 20.0, "galore": -20.0, "welore": 0.0}
+    page = table5.render(whole("table5", tmp_path, lambda cell: best_at_default(cell) + better[cell["mode"]]))
+    found = said(page)
+    assert found["WeLore is better than LoRA at every err (Table 5)"] == "holds (4 of 4)"
+    assert found["the same, below lora by more than two standard errors"] == "holds (4 of 4)"
+    assert found["WeLore is better than GaLore at every err (Table 5)"].startswith("does not hold")
+    line = dict(zip(page.header, page.body[0], strict=True))
+    assert (line["paper, tuned"], line["paper, MB"]) == ("8.21", "26,859")
+
+
+def test_who_learns_tells_repair_from_learning(tmp_path):
+    """Whatever was compressed learns best; where nothing was, all learn alike."""
+
+    def perplexity(cell):
+        damage = {"ranks": "lrc"}.get("ranks") if cell["ranks"] == "welore" else cell["ranks.cut"]
+        return best_at_default(cell) - 50.0 * (cell["mode.who"] in (damage, "all"))
+
+    found = said(who_learns.render(whole("who_learns", tmp_path, perplexity)))
+    held = {text for text, outcome in found.items() if outcome.startswith("holds")}
+    repaired = {
+        "LRCs learn better than N-LRCs where LRCs were compressed (the paper's case)",
+        "what was compressed learns better than what was not: N-LRCs",
+    }
+    assert held == repaired | {f"{text}, by more than two standard errors" for text in repaired}
+    assert (
+        found["LRCs learn better than N-LRCs where they were not compressed (C8)"] == "does not hold: N-LRC, nothing"
+    )
+
+
+def test_recover_counts_from_the_model_that_was_not_tuned(tmp_path):
+    gain = {"welore": 0.0, "lagrange": 40.0}
+
+    def perplexity(cell):
+        return best_at_default(cell) - gain[cell["ranks"]] - 10.0 * (cell["svd"] == "whitened")
+
+    page = recover.render(whole("recover", tmp_path, perplexity))
+    found = said(page)
+    first = "welore + whitened is better than welore + plain, before and after tuning"
+    assert found[first] == "does not hold: 0"  # all start from the same number here
+    assert found["lagrange + kfac is better than welore + plain after tuning by more than two standard errors"] == (
+        "holds (2 of 2)"
+    )
+    (axis,) = page.figures[""].axes
+    assert axis.lines[0].get_xydata().tolist() == [[0.0, 500.0], [30.0, 101.0], [300.0, 101.0]]
+
+
+@pytest.mark.parametrize(("artefact", "labels"), [(figure4, ["LRC", "N-LRC"]), (figure5, ["WeLore", "full"])])
+def test_the_pictures_draw_the_runs_at_the_chosen_rates(artefact, labels, tmp_path):
+    rows = whole(artefact.__name__.rpartition(".")[2], tmp_path, best_at_default)
+    page = artefact.render(rows)
+    loss, validation, speed, trained = page.figures[""].axes
+    assert loss.lines[0].get_xydata().tolist() == [[10.0, 5.0], [20.0, 4.0]]
+    assert validation.lines[1].get_xydata().tolist() == [[10.0, 200.0], [20.0, 100.0]]
+    assert [bar.get_height() for bar in speed.patches] == [400.0, 400.0]
+    assert [bar.get_height() for bar in trained.patches] == [10.0, 10.0]
+    assert [text.get_text() for text in page.figures[""].legends[0].texts] == labels
+    save(page.figures[""], tmp_path / "picture.png")
+    broken = artefact.render([diverged(row.cell) for row in artefact_rows(artefact)])
+    assert not broken.figures
+
+
+def artefact_rows(artefact):
+    return [Row(cell) for cell in artefact.cells("laptop")]
+
+
+def test_the_seeds_are_asked_for_after_the_grid(tmp_path, capsys):
+    """Real run folders for the grid of Figure 4: its page then prints the commands of the other seeds."""
+    for cell in figure4.cells("laptop"):
+        row = made(tmp_path / "made", cell, best_at_default(cell))
+        row.record.fingerprint = fingerprint_of(cell)
+        row.record.save(row.folder)
+    rows = gather(figure4, "laptop", str(tmp_path))
+    assert [row.missing for row in rows] == [False] * 6 + [True] * 4
+    assert main(["figure4", f"outputs={tmp_path}"]) == 1
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python run.py ")]
+    assert len(commands) == 4 and all("mode.lr=0.0005" in c and ("seed=1" in c or "seed=2" in c) for c in commands)
+
+
+@pytest.mark.slow
+def test_a_grid_and_its_seeds_run_on_the_tiny_model(tmp_path):
+    def run_all(cells):
+        for cell in cells:
+            where = ["trainer=cpu", "logger=none", "save=false", "trainer.progress=false", f"outputs={tmp_path}"]
+            config = to_config(compose([*overrides_of(cell), *where]))
+            run(config, tmp_path / fingerprint_of(cell))
+        return find(cells, str(tmp_path), tuning.NEEDS)
+
+    small = {"model": "tiny", "task": "sotu", "task/protocol": "smoke", "task/training": "smoke"}
+    rows = run_all([cell | small for cell in figure4.cells("laptop")])
+    rows += run_all(then("laptop", rows))
+    assert len(rows) == 10 and not any(row.missing for row in rows)
+    page = figure4.render(rows)
+    assert page.figures and all(line[page.header.index("seeds")] == "3" for line in page.body)
