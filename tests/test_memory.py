@@ -55,7 +55,9 @@ def test_recomputation_saves_the_inputs_of_layers_alone(compressed, configured):
     config = configured("mode=welore")
     parameters = select(compressed.train(), config.mode)
     budget = predict(compressed, config.mode, parameters, Step(2, 40, None, recompute=True))
-    kept = sum(budget.saved.values()) - budget.saved["rotary positions"]  # those wait as an argument, unseen by autograd
+    kept = (
+        sum(budget.saved.values()) - budget.saved["rotary positions"]
+    )  # those wait as an argument, unseen by autograd
     assert kept == pytest.approx(saved_bytes(compressed, None, recompute=True), rel=0.01)
     plain = predict(compressed, config.mode, parameters, Step(2, 40, None))
     assert sum(budget.saved.values()) < 0.3 * sum(plain.saved.values())

@@ -87,7 +87,9 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
         saved.update(layer if not step.recompute else {"inputs of layers": _residual(model, step)})
     saved.update({"normalization": _norm(model, model.base_model.norm, step, True)})
     saved.update({"rotary positions": 2 * step.length * head_size(model.config) * _residual_itemsize(model)})
-    saved.update({"hidden states of the loss": step.batch * (step.length - 1) * _width(model) * _itemsize(model, step)})
+    saved.update(
+        {"hidden states of the loss": step.batch * (step.length - 1) * _width(model) * _itemsize(model, step)}
+    )
     saved.update({"casts of what trains": sum(size for size, trains in casts.values() if trains)})
     again = max(sum(layer.values()) for layer in layers) if step.recompute else 0
     return Budget(
