@@ -12,7 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path

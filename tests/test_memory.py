@@ -1,8 +1,11 @@
 """The predicted budget of a training step against what autograd, the model and the optimizer really hold."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
+from welore.config import fingerprint
 from welore.errors import Refused
 from welore.evaluate import autocast, causal_loss, frozen_weights_in
 from welore.fit import recomputed
@@ -41,7 +44,7 @@ def saved_bytes(model, dtype, recompute=False):
     return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
 
 
-# Autocast holds the casts of the first factors too, below which no gradient flows and which autograd need not save: 1 %.
+# Autocast also holds the casts of the first factors, which autograd need not save: 1 %.
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_saved_tensors_are_those_that_autograd_saves(mode, dtype, compressed, configured):
@@ -78,10 +81,6 @@ def test_recomputation_changes_no_loss_and_no_gradient(mode, dtype, compressed, 
 
 
 def test_a_run_that_recomputes_is_the_same_run(compressed, configured, train):
-    from copy import deepcopy
-
-    from welore.config import fingerprint
-
     other = deepcopy(compressed)
     train(compressed, "mode=welore")
     train(other, "mode=welore", "trainer.recompute=true")

@@ -73,7 +73,7 @@ def fit(
 
 @contextmanager
 def recomputed(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
-    """Keep only the input of every decoder layer for the backward pass, which runs the layer again: the same numbers."""
+    """Keep only the input of every decoder layer; the backward pass runs the layer again, to the same numbers."""
     layers = list(decoder_layers(model).values()) if on else []
     for layer in layers:
         layer.forward = partial(run_again, layer.forward, use_reentrant=False)
