@@ -6,7 +6,7 @@ import torch
 from welore.config import compose, to_config
 from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, prefill_flops, race
 from welore.lowrank import factored_ranks
-from welore.models import count_bytes, count_parameters, flops_per_token
+from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.ranks import Budget
 from welore.shapes import SHAPES, factor, on_meta, stand_in
 
@@ -74,9 +74,7 @@ def test_known_shapes_have_the_published_parameters(name, millions):
 @pytest.mark.parametrize("err", [0.1, 0.3, 0.5, 0.7, 0.9])
 def test_a_stand_in_has_the_err_that_was_asked_for(err):
     model = on_meta(SHAPES["smollm2_135m"], "float32")
-    full = {
-        name: min(m.out_features, m.in_features) for name, m in model.named_modules() if hasattr(m, "out_features")
-    }
+    full = {name: min(m.out_features, m.in_features) for name, m in components(model).items()}
     ranks = stand_in(model, err)
     removed = sum(full[name] - rank for name, rank in ranks.items() if rank is not None)
     assert removed / sum(full[name] for name in ranks) == pytest.approx(err, abs=0.02)
