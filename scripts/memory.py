@@ -4,8 +4,8 @@ usage: python scripts/memory.py model=llama2_7b err=0.5 mode=welore [--batch 1] 
            [--recompute] [--ranks RUN/ranks.json] [overrides]
        python scripts/memory.py err=0.3 mode=welore --batch 4 --length 256 --measure     beside two real steps
 
-Without --measure nothing is loaded: the model is built without storage. Its ranks are those of --ranks; without it a stand-in of the
-right err, in which every LRC keeps a quarter of its ranks, spread evenly over the layers.
+Without --measure nothing is loaded: the model is built without storage. Its ranks are those of
+--ranks; without it a stand-in of the right err, in which every LRC keeps a quarter of its ranks, spread evenly.
 """
 
 import argparse
