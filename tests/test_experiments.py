@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments import ablation, equal_budget, figure3, figure7, figure8, grid, table1, table3, v1_table6
+from experiments import ablation, equal_budget, figure3, figure7, figure8, grid, table1, table3, table7, v1_table6
 from experiments import cells as cells_module
 from experiments.__main__ import SCALES, about, load, main, names, parse, write
 from experiments.cells import Row, check_infrastructure, find, fingerprint_of, launch, overrides_of
@@ -130,9 +130,17 @@ def changed(row, **found):
 
 
 def test_the_artefacts_of_the_paper_are_found():
-    assert {"table1", "table3", "v1_table6", "figure3", "figure7", "figure8", "equal_budget", "ablation"} <= set(
-        names()
-    )
+    assert {
+        "table1",
+        "table3",
+        "table7",
+        "v1_table6",
+        "figure3",
+        "figure7",
+        "figure8",
+        "equal_budget",
+        "ablation",
+    } <= set(names())
 
 
 @pytest.mark.parametrize("name", names())
@@ -513,3 +521,24 @@ def test_components_and_layers_come_from_the_names():
 def test_a_page_says_where_the_paper_prints_no_numbers():
     page = Page(["a"], [["1"]], ["a note"], [Claim("so it is", None, {"x": True})])
     assert "| so it is           | —                      | holds (1 of 1) |" in page.markdown("A.", "x")
+
+
+def test_memory_of_inference_is_parameters_and_cache_in_two_bytes(tmp_path):
+    page = table7.render(whole("table7", "paper", tmp_path))
+    dense, compressed = page.body[0], page.body[1]
+    # LLaMA-2-7B has 6,738,415,616 parameters; 2 x 32 layers x 4096 numbers a token are 256 MiB at 512 tokens.
+    assert dense[4:10] == ["6,738.4M", "6,738.4M", "12,853", "13,579", "13,109", "14,467"]
+    assert dense[-2:] == ["14,901", "24,519"]
+    assert (
+        compressed[6] == f"{123_456_789 * 2 / 2**20:,.0f}" and compressed[8] == f"{123_456_789 * 2 / 2**20 + 256:,.0f}"
+    )
+
+
+def test_table_7_says_that_the_dense_model_fits_a_consumer_gpu(tmp_path):
+    rows = whole("table7", "paper", tmp_path)
+    left = {0.3: 5_794_250_000, 0.5: 4_543_670_000, 0.7: 3_072_840_000}
+    rows = [changed(row, **{"compress/parameters": left[row.cell["err"]]}) for row in rows]
+    falls, shrinks, fits = table7.render(rows).claims
+    assert verdict(falls.ours) == verdict(falls.paper) == "holds (12 of 12)"
+    assert verdict(shrinks.ours) == "holds (3 of 3)" and verdict(shrinks.paper) == "does not hold: 0.3"
+    assert verdict(fits.ours) == verdict(fits.paper) == "does not hold: dense does not fit"

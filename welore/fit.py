@@ -6,7 +6,9 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from torch.utils.checkpoint import checkpoint as run_again
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from welore.batches import Batches
 from welore.errors import Interrupted
 from welore.history import History
 from welore.measure import Throughput
+from welore.models import decoder_layers
 from welore.module import Tuner
 from welore.trainer import CHECKPOINTS, Trainer
 
@@ -61,8 +66,22 @@ def fit(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        runner.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+        with recomputed(tuner.model, trainer.recompute):
+            runner.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         runner.save_checkpoint(last)  # what comes after training may fail, and must not cost it
+
+
+@contextmanager
+def recomputed(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
+    """Keep only the input of every decoder layer; the backward pass runs the layer again, to the same numbers."""
+    layers = list(decoder_layers(model).values()) if on else []
+    for layer in layers:
+        layer.forward = partial(run_again, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the one of the class shows again
 
 
 class Stop(Callback):

@@ -32,6 +32,11 @@ class Peak:
             return torch.cuda.max_memory_allocated(self.device) / GIB
         return _peak_resident_kib() * 1024 / GIB
 
+    @property
+    def reserved_gib(self) -> float | None:
+        """What torch took from the GPU for it, fragments included; None on a CPU."""
+        return torch.cuda.max_memory_reserved(self.device) / GIB if self.device.type == "cuda" else None
+
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:

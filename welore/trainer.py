@@ -14,12 +14,14 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass
 class Trainer:
-    """Nothing here changes a result: the device, the steps between two checkpoints, and whether bars are shown."""
+    """Nothing here changes a result: the device, the steps between two checkpoints, whether bars are shown, and
+    whether every decoder layer is run again for its gradient, which takes less memory and more time (`recompute`)."""
 
     name: str
     device: str
     checkpoint_every: int
     progress: bool
+    recompute: bool
 
     def __post_init__(self):
         if self.device not in ("auto", "cpu", "gpu"):

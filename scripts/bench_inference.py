@@ -1,0 +1,169 @@
+"""Measure prefill and decoding of a compressed model against the dense one, beside what FLOPs and bytes allow.
+
+usage: python scripts/bench_inference.py [--model smollm2_135m] [--err 0.3 0.5] [--batch 1 4] [--prompt 512]
+           [--decode 32] [--dtype float32] [--rounds 3] [--out FILE.json] [overrides]
+       python scripts/bench_inference.py --seven-b      the shapes of LLaMA-2-7B with random weights; needs a GPU
+
+Dense and compressed take turns on the same prompt. A compressed model is slower than it need be where a ratio of
+speeds is below both the ratio of FLOPs and that of bytes. Peak memory is measured in a process for each model.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from bench import SEVEN_B, compressed
+from transformers import PreTrainedModel
+
+from welore.cache import Cache
+from welore.config import Config, compose, to_config
+from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, prefill_flops, race
+from welore.measure import GIB, peak_memory
+from welore.models import DTYPES, count_bytes
+from welore.runner import environment
+
+DENSE = "dense"
+
+
+def load(config: Config, device: torch.device, dtype: str, err: float | None) -> PreTrainedModel:
+    """The model of a config in a dtype, compressed where there is an err."""
+    if err is None:
+        model, _ = config.model.load(Path(config.outputs) / ".cache")
+    else:
+        # The cache of all runs: nothing here measures the decomposition.
+        model, _ = compressed(config, device, Cache(Path(config.outputs) / ".cache"))
+    return model.to(device, DTYPES[dtype]).eval().requires_grad_(False)
+
+
+def prompt(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
+    weight = model.get_input_embeddings().weight
+    return torch.randint(0, weight.shape[0], (batch, length), device=weight.device)
+
+
+def speeds(arguments: argparse.Namespace, configs: dict[str, Config], device: torch.device) -> list[dict]:
+    dense = load(configs[DENSE], device, arguments.dtype, None)
+    rows = []
+    for name, config in configs.items():
+        if name == DENSE:
+            continue
+        small = load(config, device, arguments.dtype, config.err)
+        for batch in arguments.batch:
+            for length in arguments.prompt:
+                rows.append({"err": config.err} | compare(dense, small, batch, length, arguments))
+                print(line(rows[-1]), flush=True)
+        del small
+    return rows
+
+
+def compare(
+    dense: PreTrainedModel, small: PreTrainedModel, batch: int, length: int, arguments: argparse.Namespace
+) -> dict:
+    """Both speeds and their ratio beside the ratios of FLOPs and, for decoding, of bytes."""
+    found = race({DENSE: dense, "small": small}, prompt(dense, batch, length), arguments.decode, arguments.rounds)
+    context = length + arguments.decode // 2
+    return {
+        "batch": batch,
+        "prompt": length,
+        "dense": asdict(found[DENSE]),
+        "compressed": asdict(found["small"]),
+        "prefill ratio": found["small"].prefill / found[DENSE].prefill,
+        "prefill FLOPs ratio": prefill_flops(dense, length) / prefill_flops(small, length),
+        "decode ratio": found["small"].decode / found[DENSE].decode,
+        "decode FLOPs ratio": decode_flops(dense, context) / decode_flops(small, context),
+        "decode bytes ratio": decode_bytes(dense, batch, context) / decode_bytes(small, batch, context),
+    }
+
+
+def line(row: dict) -> str:
+    return (
+        f"err {row['err']:g}  batch {row['batch']:<3} prompt {row['prompt']:<5}"
+        f" prefill {row['dense']['prefill']:8.1f} -> {row['compressed']['prefill']:8.1f} tokens/s,"
+        f" ratio {row['prefill ratio']:.3f} (FLOPs {row['prefill FLOPs ratio']:.3f})"
+        f"   decode {row['dense']['decode']:7.1f} -> {row['compressed']['decode']:7.1f} tokens/s,"
+        f" ratio {row['decode ratio']:.3f} (FLOPs {row['decode FLOPs ratio']:.3f},"
+        f" bytes {row['decode bytes ratio']:.3f})"
+    )
+
+
+def memory(arguments: argparse.Namespace, config: Config, device: torch.device) -> dict[str, float | None]:
+    """Peak of one prefill and a few decoding steps at the largest batch and the longest prompt, all included.
+
+    On a CPU what the process held before the model was there is said too.
+    """
+    with peak_memory(device) as before:
+        held = before.gib
+    model = load(config, device, arguments.dtype, config.err if arguments.only != DENSE else None)
+    batch, length = max(arguments.batch), max(arguments.prompt)
+    with peak_memory(device) as peak:
+        generate(model, prompt(model, batch, length), 4)
+        return {
+            "peak GiB": peak.gib,
+            "reserved GiB": peak.reserved_gib,
+            "before the model GiB": held,
+            "weights GiB": count_bytes(model) / GIB,
+            "KV cache GiB": cache_bytes(model.config, batch, length + 3, DTYPES[arguments.dtype].itemsize) / GIB,
+        }
+
+
+def alone(arguments: list[str], name: str) -> dict:
+    output = subprocess.run(
+        [sys.executable, __file__, *arguments, f"--only={name}"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return json.loads(output.stdout.splitlines()[-1])
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
+    parser.add_argument("--err", type=float, nargs="+", default=[0.3, 0.5], help="shares of ranks removed")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="sequences at once")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[512], help="tokens of the prompt")
+    parser.add_argument("--decode", type=int, default=32, help="tokens written after it, 3 or more")
+    parser.add_argument("--dtype", choices=DTYPES, help="of weights and products; by default that of the model")
+    parser.add_argument("--rounds", type=int, default=3, help="of each model on each shape, in turns")
+    parser.add_argument("--seven-b", action="store_true", help="the shapes of LLaMA-2-7B, random, on a GPU")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench_inference.json"), help="where the figures go")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as svd=plain (after a --)")
+    arguments = parser.parse_args()
+    if arguments.decode < 3 or arguments.rounds < 1 or min(*arguments.batch, *arguments.prompt, 1) < 1:
+        sys.exit("write --decode 3 or more (two steps warm up), and --rounds, --batch and --prompt of 1 or more")
+    if arguments.seven_b and not torch.cuda.is_available():
+        sys.exit("--seven-b needs a GPU, and torch sees none here. Without it the default model is measured.")
+    return arguments
+
+
+def main() -> None:
+    arguments = parsed()
+    first = [key for key in SEVEN_B if not key.startswith("err")]
+    first = first if arguments.seven_b else [f"model={arguments.model}"]
+    composed = to_config(compose([*first, *arguments.overrides]))
+    if composed.needs:
+        sys.exit("decomposing here takes no calibration: give options that need none, such as svd=plain")
+    arguments.dtype = arguments.dtype or composed.model.dtype
+    configs = {DENSE: composed}
+    for err in arguments.err:
+        configs[f"err {err:g}"] = config = deepcopy(composed)
+        config.err, config.keep, config.bytes, config.flops = err, None, None, None
+    device = composed.trainer.place()
+    if arguments.only:
+        print(json.dumps(memory(arguments, configs[arguments.only], device)))
+        return
+    rows = speeds(arguments, configs, device)
+    peaks = {name: alone(sys.argv[1:], name) for name in configs}
+    for name, figures in peaks.items():
+        print(f"{name:10}" + "   ".join(f"{key} {value:.3f}" for key, value in figures.items() if value is not None))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    how = {"model": composed.model.name, "dtype": arguments.dtype, "decode": arguments.decode}
+    found = {"speed": rows, "memory": peaks} | how | environment(device)
+    arguments.out.write_text(json.dumps(found, indent=2))
+    print(f"written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Print the memory of one training step, predicted from shapes, and the largest batch that fits a device.
+
+usage: python scripts/memory.py model=llama2_7b err=0.5 mode=welore [--batch 1] [--length 1024] [--gib 24 48 80]
+           [--recompute] [--ranks RUN/ranks.json] [overrides]
+       python scripts/memory.py err=0.3 mode=welore --batch 4 --length 256 --measure     beside two real steps
+
+Without --measure nothing is loaded: the model is built without storage. Its ranks are those of
+--ranks; without it a stand-in of the right err, in which every LRC keeps a quarter of its ranks, spread evenly.
+"""
+
+import argparse
+import ctypes
+import gc
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from bench import Steps, compressed
+
+from welore.cache import Cache
+from welore.config import Config, compose, to_config
+from welore.errors import Refused
+from welore.explain import explain
+from welore.fit import recomputed
+from welore.measure import GIB, peak_memory
+from welore.memory import Budget, Step, largest_batch, predict
+from welore.models import Random, count_bytes, count_parameters
+from welore.modes import select
+from welore.ranks import read_ranks
+from welore.shapes import SHAPES, factor, on_meta, stand_in
+
+
+def sizes_of(config: Config) -> dict:
+    if isinstance(config.model, Random):
+        return config.model.config
+    if config.model.name not in SHAPES:
+        raise Refused(
+            f"model={config.model.name} has no sizes in welore/shapes.py, which holds {', '.join(SHAPES)}. Write "
+            f"model=tiny with model.config.hidden_size and the like."
+        )
+    return SHAPES[config.model.name]
+
+
+def table(budget: Budget) -> str:
+    """Every line in GiB; the largest moment is marked."""
+    lines = [f"{name:32}{size / GIB:9.3f}" for name, size in budget.held.items()]
+    lines += [f"  saved: {name:23}{size / GIB:9.3f}" for name, size in sorted(budget.saved.items())]
+    top = max(budget.moments, key=budget.moments.get)
+    for name, size in budget.moments.items():
+        lines.append(f"{name:32}{size / GIB:9.3f}{' <- largest, above what is held' if name == top else ''}")
+    return "\n".join([*lines, f"{'peak, GiB':32}{budget.peak / GIB:9.3f}"])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=1, help="sequences of a pass")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--gib", type=float, nargs="*", default=[24, 48, 80], help="memories to fill with sequences")
+    parser.add_argument("--recompute", action="store_true", help="run every layer again for its gradient")
+    parser.add_argument("--ranks", type=Path, help="ranks.json of a run with this model")
+    parser.add_argument("--measure", action="store_true", help="load the model and measure two steps as well")
+    parser.add_argument("overrides", nargs="*", help="overrides of run.py: model=, err=, mode=")
+    arguments = parser.parse_intermixed_args()
+    try:
+        show(arguments)
+    except Exception as error:
+        return explain(error)
+    return 0
+
+
+def measure(config: Config, step: Step) -> None:
+    """Predicted and measured peak of the same model, without what the process holds beside its weights."""
+    device = config.trainer.place()
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = compressed(config, device, Cache(Path(folder)))
+    gc.collect()
+    if device.type == "cpu" and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # or what compression has freed would be used again, and not be counted
+    with peak_memory(device) as now:
+        besides = now.gib - count_bytes(model) / GIB
+    model.train()
+    with peak_memory(device) as peak, recomputed(model, step.recompute):
+        steps = Steps(model, config.mode, config.model.autocast, step.batch, step.length)
+        seconds = steps.turn(2)
+        measured = peak.gib - besides
+    budget = predict(model, config.mode, steps.parameters, step)
+    print(table(budget))
+    rate = step.tokens / min(seconds)
+    print(f"measured {measured:.3f} GiB, predicted / measured {budget.peak / GIB / measured:.3f}, {rate:.0f} tokens/s")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    config = to_config(compose(arguments.overrides))
+    if arguments.batch < 1 or arguments.length < 2:
+        raise Refused(f"--batch {arguments.batch} --length {arguments.length} is no step. Write 1 and 2 or more.")
+    if not config.mode.trains:
+        raise Refused("mode=none trains nothing. Write mode=welore, nlrc, full, lora or galore.")
+    step = Step(arguments.batch, arguments.length, config.model.autocast, arguments.recompute)
+    if arguments.measure:
+        measure(config, step)
+        return
+    if config.err is None and arguments.ranks is None:
+        raise Refused(f"{config.asked} needs spectra, and nothing is loaded here. Write err=0.5 or --ranks FILE.")
+    model = on_meta(sizes_of(config), config.model.dtype)
+    ranks = read_ranks(arguments.ranks) if arguments.ranks else stand_in(model, config.err)
+    factor(model, ranks)
+    count = count_parameters(model)
+    parameters = select(model, config.mode)
+    trained = sum(p.numel() for p in parameters)
+    origin = str(arguments.ranks or f"a stand-in for err={config.err:g}")
+    print(f"{config.model.name}, ranks: {origin}; {count / 1e6:,.1f}M parameters, mode={config.mode.name}")
+    print(f"trains {trained / 1e6:,.1f}M; {step.batch} x {step.length} tokens, recompute={step.recompute}\n")
+    print(table(predict(model, config.mode, parameters, step)))
+    for gib in arguments.gib:
+        plain, again = (
+            largest_batch(model, config.mode, parameters, replace(step, recompute=on), gib) for on in (False, True)
+        )
+        print(f"largest batch in {gib:g} GiB: {plain}, with recompute {again}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""Generation is that of transformers; FLOPs and bytes are those of the tensors there."""
+
+import pytest
+import torch
+
+from welore.config import compose, to_config
+from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, prefill_flops, race
+from welore.lowrank import factored_ranks
+from welore.models import components, count_bytes, count_parameters, flops_per_token
+from welore.ranks import Budget
+from welore.shapes import SHAPES, factor, on_meta, stand_in
+
+IDS_BL = torch.arange(24).view(2, 12) * 11 % 259
+
+
+def test_tokens_with_a_cache_are_those_of_transformers(compressed):
+    tokens, timing = generate(compressed, IDS_BL, 6)
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, suppress_tokens=None, pad_token_id=258)
+    theirs = compressed.generate(IDS_BL, attention_mask=torch.ones_like(IDS_BL), **options, eos_token_id=None)
+    assert torch.equal(tokens, theirs[:, 12:])
+    assert timing.prefill > 0 and len(timing.steps) == 4
+
+
+def test_a_race_gives_every_model_a_speed(compressed, pristine):
+    speeds = race({"dense": pristine[0], "compressed": compressed}, IDS_BL, 4, 2)
+    assert all(speed.prefill > 0 and speed.decode > 0 for speed in speeds.values()) and len(speeds) == 2
+
+
+def counted(run):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_that_torch_counts(compressed):
+    compressed.set_attn_implementation("eager")  # plain products, which the counter of torch sees whole, mask or not
+    whole = 2 * 2 * 12 * 12 * 64 * 2  # 2 FLOPs, 2 products, 2 sequences, one layer
+    layers = compressed.config.num_hidden_layers
+    found = counted(lambda: compressed(input_ids=IDS_BL, logits_to_keep=1))
+    causal = layers * whole // 2
+    assert found - causal == 2 * prefill_flops(compressed, 12)
+    cache = compressed(input_ids=IDS_BL, use_cache=True).past_key_values
+    found = counted(lambda: compressed(input_ids=IDS_BL[:, :1], past_key_values=cache))
+    assert found == 2 * decode_flops(compressed, 13)
+    assert decode_flops(compressed, 0) == flops_per_token(compressed)
+
+
+def test_bytes_of_the_cache_are_those_of_its_tensors(compressed):
+    cache = compressed(input_ids=IDS_BL, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == cache_bytes(compressed.config, 2, 12, 4)
+    embedding = compressed.get_input_embeddings().weight
+    tied = compressed.get_output_embeddings().weight is embedding
+    assert decode_bytes(compressed, 2, 12) == held + count_bytes(compressed) - (0 if tied else embedding.nbytes)
+
+
+def test_shapes_with_the_ranks_of_a_run_are_the_model_of_the_run(model, compress):
+    plan = compress(model, Budget(err=0.3))
+    bare = on_meta(to_config(compose(["model=tiny"])).model.config, "float32")
+    factor(bare, plan.ranks)
+    assert count_parameters(bare) == count_parameters(model) and factored_ranks(bare) == factored_ranks(model)
+    assert next(bare.parameters()).is_meta
+
+
+@pytest.mark.parametrize(
+    "name, millions", [("llama2_7b", 6738.416), ("llama2_13b", 13015.864), ("mistral_7b", 7241.732)]
+)
+def test_known_shapes_have_the_published_parameters(name, millions):
+    assert count_parameters(on_meta(SHAPES[name], "bfloat16")) / 1e6 == pytest.approx(millions, abs=1e-3)
+
+
+@pytest.mark.parametrize("err", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_stand_in_has_the_err_that_was_asked_for(err):
+    model = on_meta(SHAPES["smollm2_135m"], "float32")
+    full = {name: min(m.out_features, m.in_features) for name, m in components(model).items()}
+    ranks = stand_in(model, err)
+    removed = sum(full[name] - rank for name, rank in ranks.items() if rank is not None)
+    assert removed / sum(full[name] for name in ranks) == pytest.approx(err, abs=0.02)

@@ -1,0 +1,120 @@
+"""How fast a model reads a prompt and writes tokens after it, with a KV cache, and what that costs in FLOPs and bytes.
+
+Shape suffixes: B = sequences, L = tokens of a prompt.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from welore.lowrank import LowRankLinear
+from welore.measure import synchronize
+from welore.models import components, count_bytes
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one prefill, and of each decoding step after the first, which is a warm-up."""
+
+    prefill: float
+    steps: list[float]
+
+
+@torch.inference_mode()
+def generate(model: PreTrainedModel, ids_BL: Tensor, new: int) -> tuple[Tensor, Timing]:
+    """`new` greedy tokens after a prompt, one forward pass each, and how long they took.
+
+    The prefill forms the logits of its last position alone, as every generation does.
+    """
+    device, cache, inputs = ids_BL.device, None, ids_BL
+    tokens, seconds = [], []
+    for _ in range(new):
+        synchronize(device)
+        start = time.perf_counter()
+        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        inputs = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+        cache = output.past_key_values
+        tokens.append(inputs)
+    return torch.cat(tokens, dim=1), Timing(seconds[0], seconds[2:])
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second over all sequences of a batch, by the median prefill and the median decoding step."""
+
+    prefill: float
+    decode: float
+
+
+def race(models: Mapping[str, PreTrainedModel], ids_BL: Tensor, new: int, rounds: int) -> dict[str, Speed]:
+    """The speed of each model on one prompt, in turns, so that a machine that slows down slows all of them.
+
+    `new` is 3 or more; one further round before the others does not count.
+    """
+    taken: dict[str, list[Timing]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            taken[name].append(generate(model, ids_BL, new)[1])
+    speeds = {}
+    for name, timings in taken.items():
+        prefill = median(timing.prefill for timing in timings[1:])
+        step = median(second for timing in timings[1:] for second in timing.steps)
+        speeds[name] = Speed(ids_BL.numel() / prefill, len(ids_BL) / step)
+    return speeds
+
+
+def prefill_flops(model: PreTrainedModel, length: int) -> int:
+    """Of one prompt: 2 per stored number and token, causal attention, and the logits of the last position."""
+    return length * _layer_flops(model) + _attention_flops(model, length) * length // 2 + _head_flops(model)
+
+
+def decode_flops(model: PreTrainedModel, context: int) -> int:
+    """Of one token of one sequence that attends to `context` positions."""
+    return _layer_flops(model) + _attention_flops(model, context) + _head_flops(model)
+
+
+def decode_bytes(model: PreTrainedModel, batch: int, context: int) -> int:
+    """What one decoding step of a batch reads: every weight once, and the KV cache of every sequence.
+
+    Of embeddings that are not the output matrix too, it reads only a row for each token, which is left out.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    rows = 0 if embedding is head else embedding.numel() * embedding.element_size()
+    return count_bytes(model) - rows + cache_bytes(model.config, batch, context, embedding.element_size())
+
+
+def cache_bytes(config, batch: int, length: int, itemsize: int) -> int:
+    """Of keys and values of all layers: 2 x layers x KV heads x head size x tokens."""
+    config = config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_size(config) * batch * length * itemsize
+
+
+def head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _layer_flops(model: PreTrainedModel) -> int:
+    return 2 * sum(_numbers(module) for module in components(model).values())
+
+
+def _numbers(module: nn.Linear | LowRankLinear) -> int:
+    parts = (module.A, module.B) if isinstance(module, LowRankLinear) else (module,)
+    return sum(part.weight.numel() for part in parts)
+
+
+def _attention_flops(model: PreTrainedModel, context: int) -> int:
+    """Of one token: a product with the keys and one with the values, in every layer."""
+    config = model.config.get_text_config(decoder=True)
+    return 4 * context * config.num_hidden_layers * config.num_attention_heads * head_size(config)
+
+
+def _head_flops(model: PreTrainedModel) -> int:
+    return 2 * model.get_output_embeddings().weight.numel()

@@ -1,0 +1,275 @@
+"""What one training step holds in memory at its peak, from shapes alone: a model on the meta device is enough.
+
+Decoders of LLaMA's shape (RMSNorm, rotary positions, fused attention, gated MLP) are counted tensor by tensor, as
+autograd saves them; others are refused. Shape suffixes: B = sequences, L = tokens of one, T = B L tokens, D = hidden
+size, I = intermediate size, N = inputs of a weight, R = rank.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from welore.errors import Refused
+from welore.inference import head_size
+from welore.loss import chunk_tokens
+from welore.lowrank import LowRankLinear
+from welore.measure import GIB
+from welore.models import DTYPES, count_bytes, decoder_layers
+from welore.modes import GaLore, Mode
+
+FLOAT32 = torch.float32.itemsize
+KNOWN = ("llama", "mistral", "qwen2")
+
+
+@dataclass(frozen=True)
+class Step:
+    """The shape of a pass: `batch` sequences of `length` tokens, products in `autocast` (None: the weights' dtype).
+
+    With `recompute` each decoder layer keeps its input alone, and is run again for its gradient.
+    """
+
+    batch: int
+    length: int
+    autocast: str | None
+    recompute: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes at the peak of a step, by what they are for.
+
+    `held` is there all the time. Of the other three, all that counts is the one that is the largest.
+    """
+
+    held: dict[str, int]
+    saved: dict[str, int]  # for the backward pass, when the forward pass ends
+    loss: int  # logits of a chunk, on top of `saved`
+    layer: int  # what the backward pass of one layer works with, on top of `saved`
+    gradients: int  # of all that trains, when the backward pass ends
+    stepping: int  # what the optimizer works with, on top of `gradients`
+
+    @property
+    def moments(self) -> dict[str, int]:
+        """The candidates for the peak, above what is held."""
+        saved = sum(self.saved.values())
+        return {
+            "end of the forward pass": saved + self.loss,
+            "start of the backward pass": saved + self.layer,
+            "end of the backward pass": self.gradients + self.layer,
+            "optimizer step": self.gradients + self.stepping,
+        }
+
+    @property
+    def peak(self) -> int:
+        return sum(self.held.values()) + max(self.moments.values())
+
+
+def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step) -> Budget:
+    """The budget of a step of a mode, once it has selected its parameters (`welore.modes.select`) on the model."""
+    kind = model.config.model_type
+    if kind not in KNOWN:
+        raise Refused(
+            f"the saved tensors of a {kind} model are not known here, only those of {', '.join(KNOWN)}. Measure one "
+            f"step instead: fit/peak_gib of a run."
+        )
+    sizes = [p.numel() for p in parameters]
+    layers = [_layer(model, block, step, first) for block, first in _blocks(model)]
+    casts = _casts(model, step)
+    saved = Counter()
+    for layer in layers:
+        saved.update(layer if not step.recompute else {"inputs of layers": _residual(model, step)})
+    saved.update({"normalization": _norm(model, model.base_model.norm, step, True)})
+    saved.update({"rotary positions": 2 * step.length * head_size(model.config) * _residual_itemsize(model)})
+    saved.update(
+        {"hidden states of the loss": step.batch * (step.length - 1) * _width(model) * _itemsize(model, step)}
+    )
+    saved.update({"casts of what trains": sum(size for size, trains in casts.values() if trains)})
+    again = max(sum(layer.values()) for layer in layers) if step.recompute else 0
+    return Budget(
+        held={
+            "weights": count_bytes(model),
+            "casts of frozen weights": sum(size for size, trains in casts.values() if not trains),
+            "float32 masters": sum(FLOAT32 * p.numel() for p in parameters if p.dtype != torch.float32),
+            "optimizer states": _states(mode, parameters),
+        },
+        saved=dict(saved),
+        loss=_loss(model, step),
+        layer=again + _backward(model, step),
+        gradients=FLOAT32 * sum(sizes),
+        stepping=_stepping(mode, parameters),
+    )
+
+
+def largest_batch(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step, gib: float) -> int:
+    """The most sequences whose step fits, found by bisection, for a budget rises with the batch. 0 if not even one."""
+
+    def fits(batch: int) -> bool:
+        tried = Step(batch, step.length, step.autocast, step.recompute)
+        return predict(model, mode, parameters, tried).peak <= gib * GIB
+
+    low, high = 0, 1
+    while fits(high) and high < 2**20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _blocks(model: PreTrainedModel) -> list[tuple[nn.Module, bool]]:
+    """Each decoder layer, and whether gradients flow into it: below the first weight that trains there are none."""
+    blocks, flows = [], False
+    for block in decoder_layers(model).values():
+        blocks.append((block, flows))
+        flows = flows or any(p.requires_grad for p in block.parameters())
+    return blocks
+
+
+def _layer(model: PreTrainedModel, block: nn.Module, step: Step, flows: bool) -> dict[str, int]:
+    """Bytes that one decoder layer saves, by what saves them."""
+    saved: Counter = Counter()
+    T, size = step.tokens, _itemsize(model, step)
+    attention, mlp = block.self_attn, block.mlp
+    for norm, readers in (
+        (block.input_layernorm, [attention.q_proj, attention.k_proj, attention.v_proj]),
+        (block.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj]),
+    ):
+        saved["normalization"] += _norm(model, norm, step, flows)
+        copies = [_reads(reader, step) for reader in readers]
+        # Autocast casts an input once for each weight that reads it: nothing is shared.
+        shared = sum(copies) if step.autocast else min(1, sum(copies))
+        saved["inputs of weights"] += shared * T * _width(model) * size
+        for reader in readers:
+            saved["between factors"] += _between(reader) * T * size
+        flows = flows or norm.weight.requires_grad or any(p.requires_grad for m in readers for p in m.parameters())
+        if norm is block.input_layernorm and flows:
+            saved["attention"] += _attention(model, step)
+            # The input of o_proj is the output of attention, saved already, unless an adapter casts it.
+            adapter = step.autocast is not None and _adapted(attention.o_proj)
+            saved["inputs of weights"] += _reads(attention.o_proj, step) * T * _heads(model) * size * adapter
+        if norm is block.input_layernorm:
+            saved["between factors"] += _between(attention.o_proj) * T * size
+            flows = flows or any(p.requires_grad for p in attention.o_proj.parameters())
+    I_ = model.config.intermediate_size
+    saved["gated MLP"] += 3 * T * I_ * size if flows else 0
+    saved["inputs of weights"] += _reads(mlp.down_proj, step) * T * I_ * size
+    saved["between factors"] += _between(mlp.down_proj) * T * size
+    return saved
+
+
+def _adapted(module: nn.Module) -> bool:
+    """Whether what reads the input first is an adapter of peft."""
+    return hasattr(module, "lora_A") or (isinstance(module, LowRankLinear) and hasattr(module.B, "lora_A"))
+
+
+def _reads(module: nn.Module, step: Step) -> int:
+    """How many copies of its input a projection saves: one if a weight that reads it trains."""
+    if hasattr(module, "lora_A"):
+        return int(any(p.requires_grad for p in module.lora_A.parameters()))
+    if isinstance(module, LowRankLinear):
+        return _reads(module.B, step)
+    return int(module.weight.requires_grad)
+
+
+def _between(module: nn.Module) -> int:
+    """Numbers for each token that a projection saves inside: at its rank, and at the rank of its adapters."""
+    if hasattr(module, "lora_A"):
+        ranks = sum(adapter.out_features for adapter in module.lora_A.values())
+        return ranks + _between(module.get_base_layer())
+    if isinstance(module, LowRankLinear):
+        own = module.rank if _reads(module.A, None) else 0
+        return own + _between(module.B) + _between(module.A)
+    return 0
+
+
+def _norm(model: PreTrainedModel, norm: nn.Module, step: Step, flows: bool) -> int:
+    """Its input in float32 and one number a token, where gradients flow; its output before the weight that trains."""
+    wide = step.tokens * _width(model)
+    inputs = wide * FLOAT32 + step.tokens * FLOAT32 if flows else 0
+    return inputs + (wide * _residual_itemsize(model) if norm.weight.requires_grad else 0)
+
+
+def _attention(model: PreTrainedModel, step: Step) -> int:
+    """Queries, keys, values and the output of fused attention, and the float32 logarithm of its denominators."""
+    config, size = model.config, _itemsize(model, step)
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    return step.tokens * (heads * head_size(config) * size + config.num_attention_heads * FLOAT32)
+
+
+def _casts(model: PreTrainedModel, step: Step) -> dict[int, tuple[int, bool]]:
+    """Bytes of every weight in the autocast dtype and whether it trains, by the id of the weight.
+
+    Frozen ones are cast once a training, the output matrix by the loss; those that train once a step.
+    """
+    if step.autocast is None:
+        return {}
+    dtype = DTYPES[step.autocast]
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] + [model.get_output_embeddings().weight]
+    return {id(w): (w.numel() * dtype.itemsize, w.requires_grad) for w in weights if w.dtype != dtype}
+
+
+def _states(mode: Mode, parameters: list[nn.Parameter]) -> int:
+    """Two moments in float32; under GaLore those of the projected gradient, and the projection."""
+    if not isinstance(mode, GaLore):
+        return sum(2 * FLOAT32 * p.numel() for p in parameters)
+    total = 0
+    for p in parameters:
+        if p.ndim == 2 and min(p.shape) > mode.rank:
+            total += FLOAT32 * mode.rank * (2 * max(p.shape) + min(p.shape))
+        else:
+            total += 2 * FLOAT32 * p.numel()
+    return total
+
+
+def _stepping(mode: Mode, parameters: list[nn.Parameter]) -> int:
+    """Fused AdamW works in place. GaLore holds the update of one weight, or the eigenvectors of its Gram matrix."""
+    if not isinstance(mode, GaLore):
+        return 0
+    gram = 3 * torch.float64.itemsize
+    return max(
+        max(FLOAT32 * p.numel(), gram * min(p.shape) ** 2 + torch.float64.itemsize * p.numel())
+        for p in parameters
+        if p.ndim == 2
+    )
+
+
+def _loss(model: PreTrainedModel, step: Step) -> int:
+    """Logits of a chunk in float32, their logarithms and those of the chunk before it, and one copy at a time in
+    the dtype of the products."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    size, scored = chunk_tokens(vocabulary), step.batch * (step.length - 1)
+    cast = _itemsize(model, step) if _itemsize(model, step) != FLOAT32 else 0
+    chunks = 3 if scored > size else 2
+    return min(size, scored) * vocabulary * (chunks * FLOAT32 + cast)
+
+
+def _backward(model: PreTrainedModel, step: Step) -> int:
+    """The widest moment of a layer: gradients of both inputs of the gated product and of one of its factors."""
+    return step.tokens * (3 * model.config.intermediate_size * _itemsize(model, step) + 2 * _width(model) * FLOAT32)
+
+
+def _residual(model: PreTrainedModel, step: Step) -> int:
+    return step.tokens * _width(model) * _residual_itemsize(model)
+
+
+def _residual_itemsize(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.element_size()
+
+
+def _itemsize(model: PreTrainedModel, step: Step) -> int:
+    return DTYPES[step.autocast].itemsize if step.autocast else _residual_itemsize(model)
+
+
+def _width(model: PreTrainedModel) -> int:
+    return model.config.hidden_size
+
+
+def _heads(model: PreTrainedModel) -> int:
+    return model.config.num_attention_heads * head_size(model.config)
