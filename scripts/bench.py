@@ -27,6 +27,7 @@ from welore.cache import Cache
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import Config, compose, to_config
 from welore.evaluate import autocast, causal_loss, frozen_weights_in
+from welore.inference import head_size
 from welore.loss import linear_cross_entropy
 from welore.lowrank import LowRankLinear
 from welore.measure import GIB, peak_memory, synchronize
@@ -175,8 +176,7 @@ def flops_limit(model: nn.Module, length: int) -> dict[str, float]:
     dense = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
     through = 2 * (lrc + dense + model.get_output_embeddings().weight.numel())
     config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 3 * length * config.num_hidden_layers * config.num_attention_heads * head
+    attention = 3 * length * config.num_hidden_layers * config.num_attention_heads * head_size(config)
 
     def limit(rest: float) -> float:
         return (through + rest + lrc + dense) / (through + rest + lrc)

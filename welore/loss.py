@@ -55,6 +55,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 error_CV[scored_C, labels_C[scored_C]] -= 1
                 error_CV[~scored_C] = 0
                 gradient_TD[start : start + size] = error_CV.to(W_VD.dtype) @ W_VD
+                del error_CV
+            del logits_CV, log_p_CV  # before the next chunk forms its own
         ctx.save_for_backward(gradient_TD)
         return total
 

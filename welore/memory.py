@@ -241,13 +241,11 @@ def _stepping(mode: Mode, parameters: list[nn.Parameter]) -> int:
 
 
 def _loss(model: PreTrainedModel, step: Step) -> int:
-    """Logits of a chunk in float32, their logarithms and those of the chunk before it, and one copy at a time in
-    the dtype of the products."""
+    """Logits of a chunk in float32, their logarithms, and one copy at a time in the dtype of the products."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
     size, scored = chunk_tokens(vocabulary), step.batch * (step.length - 1)
     cast = _itemsize(model, step) if _itemsize(model, step) != FLOAT32 else 0
-    chunks = 3 if scored > size else 2
-    return min(size, scored) * vocabulary * (chunks * FLOAT32 + cast)
+    return min(size, scored) * vocabulary * (2 * FLOAT32 + cast)
 
 
 def _backward(model: PreTrainedModel, step: Step) -> int:
