@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from welore.allocate import VALUES, Lagrange, Menu
+from welore.allocate import VALUES, Lagrange, Menu, earliness
 from welore.budget import DENSE_RULES, Budget
 from welore.errors import Refused
 from welore.moments import Needs
@@ -154,6 +154,34 @@ def test_a_weight_too_small_for_one_multiple_stays_dense():
     plan = Lagrange("lagrange", "energy", "same", 8, "break_even").plan(spectra, Budget(keep=0.6))
     assert plan.ranks["w0"] is None
     assert plan.ranks["w1"] % 8 == 0
+
+
+def test_layers_count_more_the_earlier_they_are():
+    names = ["model.layers.0.q", "model.layers.0.k", "model.layers.1.q", "model.layers.2.q"]
+    assert earliness(names) == [1.0, 1.0, 0.5, 0.0]
+    assert earliness(names[:2]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("bias", [-0.5, 0.5, 3.0])
+def test_with_a_depth_bias_no_plan_that_fits_is_worth_more_in_weighted_values(bias):
+    budget, allocator = Budget(keep=0.6), Lagrange("lagrange", "energy", "same", 1, "break_even", bias)
+    for seed in range(6):
+        spectra = {f"h.{index}.w": s for index, s in enumerate(random_spectra(seed, SMALL[0]).values())}
+        weight = dict(zip(spectra, (1 + bias, 1 + bias / 2, 1), strict=True))
+
+        def weighted(ranks, spectra=spectra, weight=weight):
+            return sum(weight[name] * float((spectra[name].sigma_K[:rank] ** 2).sum()) for name, rank in ranks.items())
+
+        plans = every_plan(spectra, "break_even", 1)
+        fitting = [plan for plan in plans if cost(plan, spectra, budget) <= limit(spectra, budget)]
+        best = max(weighted(other) for other in fitting)
+        assert weighted(allocator.plan(spectra, budget).ranks) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize(("value", "bias"), [("energy", -1.0), ("first_order", 1.0)])
+def test_a_depth_bias_that_means_nothing_is_refused(value, bias):
+    with pytest.raises(Refused, match="ranks.depth_bias="):
+        Lagrange("lagrange", value, "same", 1, "break_even", bias)
 
 
 def naive_zero_sum(spectra, budget, dense):

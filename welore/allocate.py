@@ -10,7 +10,7 @@ Shape suffixes: L = weights, O = options of one, K = ranks of one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from welore.budget import DENSE_RULES, Budget, Plan, check_option, tally
 from welore.errors import Refused
 from welore.moments import Needs
-from welore.ranks import COORDINATES, Evidence, Ranks
+from welore.ranks import COORDINATES, Evidence, Ranks, block_of
 from welore.svd import Spectrum
 from welore.zerosum import zero_sum
 
@@ -167,17 +167,28 @@ def allocate(menu: Menu, limit: float) -> tuple[Tensor, float]:
     return best_L, price
 
 
+def earliness(names: Iterable[str]) -> list[float]:
+    """1 for the weights of the first decoder layer, 0 for those of the last, evenly in between."""
+    blocks = [block_of(name) for name in names]
+    order = {block: index for index, block in enumerate(dict.fromkeys(blocks))}
+    return [1 - order[block] / max(len(order) - 1, 1) for block in blocks]
+
+
 @dataclass
 class Lagrange(Ranks):
     """The ranks that keep the most value within the budget: one price for all weights.
 
     Ranks are multiples of `multiple`; a weight too small for one stays dense. With value=first_order see `zero_sum`.
+
+    Values are those of one weight cut alone, and damage done early passes through all that is cut after it: those of
+    the first decoder layer are worth 1 + depth_bias times their value, falling to once it in the last (LEMS).
     """
 
     value: str
     spectrum: str
     multiple: int
     dense: str
+    depth_bias: float = 0.0
 
     def __post_init__(self):
         check_option("ranks.value", self.value, (*VALUES, FIRST_ORDER))
@@ -185,6 +196,13 @@ class Lagrange(Ranks):
         check_option("ranks.dense", self.dense, DENSE_RULES)
         if self.multiple < 1:
             raise Refused(f"ranks.multiple={self.multiple} is no count of ranks. Write 1 for any rank, or 8 or 16.")
+        if not self.depth_bias > -1:
+            raise Refused(f"ranks.depth_bias={self.depth_bias} makes values negative. Write more than -1; 0 is none.")
+        if self.depth_bias and self.value == FIRST_ORDER:
+            raise Refused(
+                f"ranks.depth_bias={self.depth_bias} weighs values, and ranks.value={FIRST_ORDER} cuts by slopes that "
+                f"cancel. Write ranks.depth_bias=0."
+            )
 
     @property
     def needs(self) -> Needs:
@@ -198,7 +216,10 @@ class Lagrange(Ranks):
     def plan(self, spectra: dict[str, Spectrum], budget: Budget, evidence: Evidence | None = None) -> Plan:
         if self.value == FIRST_ORDER:
             return zero_sum(spectra, budget, self.dense, self.multiple)
-        values = [VALUES[self.value](spectrum) for spectrum in spectra.values()]
+        values = [
+            VALUES[self.value](spectrum) * (1 + self.depth_bias * early)
+            for spectrum, early in zip(spectra.values(), earliness(spectra), strict=True)
+        ]
         menu = Menu.of(values, [spectrum.shape for spectrum in spectra.values()], budget, self.dense, self.multiple)
         budget.refuse_below(menu.cost(menu.cheapest()), spectra, "or write a smaller ranks.multiple")
         choice_L, price = allocate(menu, budget.limit(spectra))

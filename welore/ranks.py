@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,12 @@ class Ranks:
 
     def plan(self, spectra: dict[str, Spectrum], budget: Budget, evidence: Evidence | None = None) -> Plan:
         raise NotImplementedError(f"ranks={self.name} does not say how it plans")
+
+
+def block_of(name: str) -> str:
+    """The decoder layer of a weight: its name up to the first number."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found[0] if found else name
 
 
 @dataclass

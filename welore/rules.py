@@ -4,7 +4,6 @@ Shape suffixes: M = out_features, N = in_features, K = singular values, L = weig
 """
 
 import math
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from welore.budget import DENSE_RULES, Budget, Plan, check_option, tally
 from welore.errors import Refused
 from welore.moments import Needs
-from welore.ranks import Evidence, Ranks, apply_threshold, solve_threshold
+from welore.ranks import Evidence, Ranks, apply_threshold, block_of, solve_threshold
 from welore.shares import fill
 from welore.svd import Spectrum
 
@@ -65,12 +64,6 @@ class Owl(Ranks):
         D_L = torch.tensor([outliers[name] for name in names], dtype=torch.float64)
         width = D_L.max() - D_L.min()
         return torch.zeros_like(D_L) if width == 0 else (D_L - D_L.min()) / width * 2 * self.spread
-
-
-def block_of(name: str) -> str:
-    """The decoder layer of a weight: its name up to the first number."""
-    found = re.match(r".*?\.\d+(?=\.)", name)
-    return found[0] if found else name
 
 
 def _scores(evidence: Evidence, name: str) -> Tensor:
