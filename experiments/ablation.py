@@ -40,7 +40,7 @@ VARIANTS: dict[str, Cell] = {
     "sequential, anchored": {"svd.sequential": "anchored"},
     "block refinement": {"refine": "block"},
 }
-ONE_SHOT = "3 x the tokens, damping 0.05, depth bias 1"  # the best without any training
+ONE_SHOT = "3 x the tokens, damping 0.05"  # the best without any training
 SEEDED = ("base", ONE_SHOT, "block refinement")
 
 Runs = dict[tuple[str, float], list[Row]]  # by variant and keep, one for each seed

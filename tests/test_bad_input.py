@@ -38,7 +38,7 @@ REFUSED = [
     ("keep=0.01 ranks=uniform", ["keep=0.01 leaves model.layers.0", "rank 0", "smallest keep"]),
     ("keep=0.01", ["keep=0.01 is out of reach", "rank 1", "keep=0.0"]),
     ("err=0.999", ["err=0.999 is out of reach", "err=0.98"]),
-    ("mode=lorra", ["mode=lorra is no option", "Did you mean lora?", "galore"]),
+    ("mode=lorra", ["mode=lorra is no option", "Did you mean lora", "galore"]),
     ("task/training=smok", ["task/training=smok is no option", "Did you mean smoke?"]),
     ("er=0.4", ["no option er", "Did you mean err?"]),
     ("mode=lora mode.rnk=4", ["no option mode.rnk", "mode.rank"]),
@@ -388,7 +388,7 @@ def test_cache_files_cut_short_are_made_again(tmp_path, capsys):
 COMMANDS = [
     ("err=1.2", 2, "err=1.2 is not a fraction"),
     ("mode.lrr=3", 2, "Did you mean mode.lr"),
-    ("mode=lorra", 2, "Did you mean lora?"),
+    ("mode=lorra", 2, "Did you mean lora"),
     ("mode=null", 2, "group override must be a string"),
     ("outputs=/dev/null/x", 1, "cannot be written"),
     ("mode.lr=1e9", 1, "it starts in model.layers.0"),
