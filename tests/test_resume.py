@@ -70,16 +70,8 @@ MODES = {
 }
 
 
-# Three whole runs each: the default tests take one of every family of modes.
-QUICK = (
-    "welore",
-    "galore",
-    "lora with dropout",
-    "pissa",
-    "lisa in the middle of a turn",
-    "fira",
-    "padded token budget",
-)
+# Three whole runs each: the default tests take one of every kind of state.
+QUICK = ("welore", "galore", "lora with dropout", "lisa in the middle of a turn")
 TABLE = [pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) for k, v in MODES.items()]
 
 
