@@ -24,7 +24,7 @@ from welore.errors import Refused
 from welore.explain import explain
 from welore.fit import recomputed
 from welore.measure import GIB, peak_memory
-from welore.memory import Budget, Step, largest_batch, predict
+from welore.memory import Footprint, Step, largest_batch, predict
 from welore.models import Random, count_bytes, count_parameters
 from welore.modes import select
 from welore.ranks import read_ranks
@@ -42,14 +42,14 @@ def sizes_of(config: Config) -> dict:
     return SHAPES[config.model.name]
 
 
-def table(budget: Budget) -> str:
+def table(footprint: Footprint) -> str:
     """Every line in GiB; the largest moment is marked."""
-    lines = [f"{name:32}{size / GIB:9.3f}" for name, size in budget.held.items()]
-    lines += [f"  saved: {name:23}{size / GIB:9.3f}" for name, size in sorted(budget.saved.items())]
-    top = max(budget.moments, key=budget.moments.get)
-    for name, size in budget.moments.items():
+    lines = [f"{name:32}{size / GIB:9.3f}" for name, size in footprint.held.items()]
+    lines += [f"  saved: {name:23}{size / GIB:9.3f}" for name, size in sorted(footprint.saved.items())]
+    top = max(footprint.moments, key=footprint.moments.get)
+    for name, size in footprint.moments.items():
         lines.append(f"{name:32}{size / GIB:9.3f}{' <- largest, above what is held' if name == top else ''}")
-    return "\n".join([*lines, f"{'peak, GiB':32}{budget.peak / GIB:9.3f}"])
+    return "\n".join([*lines, f"{'peak, GiB':32}{footprint.peak / GIB:9.3f}"])
 
 
 def main() -> int:
@@ -84,10 +84,12 @@ def measure(config: Config, step: Step) -> None:
         steps = Steps(model, config.mode, config.model.autocast, step.batch, step.length)
         seconds = steps.turn(2)
         measured = peak.gib - besides
-    budget = predict(model, config.mode, steps.parameters, step)
-    print(table(budget))
+    footprint = predict(model, config.mode, steps.parameters, step)
+    print(table(footprint))
     rate = step.tokens / min(seconds)
-    print(f"measured {measured:.3f} GiB, predicted / measured {budget.peak / GIB / measured:.3f}, {rate:.0f} tokens/s")
+    print(
+        f"measured {measured:.3f} GiB, predicted / measured {footprint.peak / GIB / measured:.3f}, {rate:.0f} tokens/s"
+    )
 
 
 def show(arguments: argparse.Namespace) -> None:

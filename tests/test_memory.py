@@ -1,4 +1,4 @@
-"""The predicted budget of a training step against what autograd, the model and the optimizer really hold."""
+"""The predicted footprint of a training step against what autograd, the model and the optimizer really hold."""
 
 from copy import deepcopy
 
@@ -50,20 +50,20 @@ def saved_bytes(model, dtype, recompute=False):
 def test_saved_tensors_are_those_that_autograd_saves(mode, dtype, compressed, configured):
     config = configured(*MODES[mode])
     parameters = select(compressed.train(), config.mode)
-    budget = predict(compressed, config.mode, parameters, Step(2, 40, dtype))
-    assert sum(budget.saved.values()) == pytest.approx(saved_bytes(compressed, dtype), rel=0.015)
+    footprint = predict(compressed, config.mode, parameters, Step(2, 40, dtype))
+    assert sum(footprint.saved.values()) == pytest.approx(saved_bytes(compressed, dtype), rel=0.015)
 
 
 def test_recomputation_saves_the_inputs_of_layers_alone(compressed, configured):
     config = configured("mode=welore")
     parameters = select(compressed.train(), config.mode)
-    budget = predict(compressed, config.mode, parameters, Step(2, 40, None, recompute=True))
+    footprint = predict(compressed, config.mode, parameters, Step(2, 40, None, recompute=True))
     kept = (
-        sum(budget.saved.values()) - budget.saved["rotary positions"]
+        sum(footprint.saved.values()) - footprint.saved["rotary positions"]
     )  # those wait as an argument, unseen by autograd
     assert kept == pytest.approx(saved_bytes(compressed, None, recompute=True), rel=0.01)
     plain = predict(compressed, config.mode, parameters, Step(2, 40, None))
-    assert sum(budget.saved.values()) < 0.3 * sum(plain.saved.values())
+    assert sum(footprint.saved.values()) < 0.3 * sum(plain.saved.values())
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -95,16 +95,16 @@ def test_what_is_held_and_gradients_are_those_of_a_real_step(mode, dtype, compre
     config = configured(*MODES[mode])
     model = compressed.to(getattr(torch, dtype)).train()
     parameters = select(model, config.mode)
-    budget = predict(model, config.mode, parameters, Step(2, 40, None))
+    footprint = predict(model, config.mode, parameters, Step(2, 40, None))
     optimizer = config.mode.optimizer(parameters)
     total, _ = causal_loss(model)(IDS_BL, IDS_BL)
     total.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    assert budget.gradients == sum(gradient.nbytes for gradient in gradients)
+    assert footprint.gradients == sum(gradient.nbytes for gradient in gradients)
     optimizer.step()
-    held = budget.held["optimizer states"] + budget.held["float32 masters"]
+    held = footprint.held["optimizer states"] + footprint.held["float32 masters"]
     assert held == pytest.approx(state_bytes(optimizer), rel=0.001)  # and a counter of steps for each parameter
-    assert budget.held["weights"] == count_bytes(model)
+    assert footprint.held["weights"] == count_bytes(model)
 
 
 def test_the_largest_batch_is_the_last_that_fits(compressed, configured):

@@ -42,7 +42,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Budget:
+class Footprint:
     """Bytes at the peak of a step, by what they are for.
 
     `held` is there all the time. Of the other three, all that counts is the one that is the largest.
@@ -71,8 +71,8 @@ class Budget:
         return sum(self.held.values()) + max(self.moments.values())
 
 
-def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step) -> Budget:
-    """The budget of a step of a mode, once it has selected its parameters (`welore.modes.select`) on the model."""
+def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step) -> Footprint:
+    """The footprint of a step of a mode, once it has selected its parameters (`welore.modes.select`) on the model."""
     kind = model.config.model_type
     if kind not in KNOWN:
         raise Refused(
@@ -92,7 +92,7 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
     )
     saved.update({"casts of what trains": sum(size for size, trains in casts.values() if trains)})
     again = max(sum(layer.values()) for layer in layers) if step.recompute else 0
-    return Budget(
+    return Footprint(
         held={
             "weights": count_bytes(model),
             "casts of frozen weights": sum(size for size, trains in casts.values() if not trains),
@@ -108,7 +108,7 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
 
 
 def largest_batch(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step, gib: float) -> int:
-    """The most sequences whose step fits, found by bisection, for a budget rises with the batch. 0 if not even one."""
+    """The most sequences whose step fits, found by bisection, for a footprint rises with the batch. 0 if not even one."""
 
     def fits(batch: int) -> bool:
         tried = Step(batch, step.length, step.autocast, step.recompute)
