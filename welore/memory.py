@@ -108,7 +108,7 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
 
 
 def largest_batch(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step, gib: float) -> int:
-    """The most sequences whose step fits, found by bisection, for a footprint rises with the batch. 0 if not even one."""
+    """The most sequences whose step fits, by bisection, since a footprint rises with the batch; 0 if none."""
 
     def fits(batch: int) -> bool:
         tried = Step(batch, step.length, step.autocast, step.recompute)
