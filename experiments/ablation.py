@@ -1,6 +1,6 @@
 """Ablation: what each step beyond one-shot K-FAC factors at Lagrange ranks pays, in nats above the dense model.
 
-Cost: laptop 32 runs, about three hours on 2 CPU cores; paper 32 runs, never measured.
+Cost: laptop 32 runs, about three hours on one CPU core; paper 32 runs, never measured.
 
 The base is 20,480 calibration tokens, true labels, gradient damping 0.2, one round, one-shot factors. Every other row
 changes one thing or more. 32,768 test tokens at laptop scale; base, the best one-shot row and refinement on three

@@ -1,6 +1,6 @@
 """Equal budgets: damage in nats by the share of parameters kept, for pairs of factors and ranks, on and off domain.
 
-Cost: laptop 120 runs, never measured: a guess is four hours on 2 CPU cores; paper 132 runs, never measured.
+Cost: laptop 120 runs, 50 minutes on one CPU core; paper 132 runs, never measured.
 
 The paper has no such comparison: err counts ranks, at which methods keep different shares of the parameters. Here
 every pair keeps the same share. All are calibrated on the same text (C4) and measured on it and on WikiText-2, with

@@ -1,6 +1,6 @@
 """Figure 8: increase in perplexity when the weights that stayed dense are pruned, by sparsity, pruner and err.
 
-Cost: laptop 52 runs, never measured: a guess is an hour and a half on 2 CPU cores; paper 52 runs, never measured.
+Cost: laptop 52 runs, half an hour on one CPU core; paper 52 runs, never measured.
 
 It is Figure 7 of the paper's first version. The increase counts from the model before pruning: the dense one (err 0,
 whose compressible weights are all N-LRCs) or one cut by WeLore. The paper shows a figure without printed numbers, and

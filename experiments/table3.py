@@ -1,6 +1,6 @@
 """Table 3: perplexity against effective rank reduction for activation-guided factors, with uniform and WeLore ranks.
 
-Cost: laptop 35 runs, 10 of them of Table 1, never measured: a guess is an hour; paper 35 runs, never measured.
+Cost: laptop 35 runs, 10 of them of Table 1, 50 minutes on one busy CPU core; paper 35 runs, never measured.
 
 It holds Table 2 of the paper's first version. What the paper calls ASVD are the numbers that the first version calls
 ActSVD and describes as the least Frobenius norm of the change of the outputs: svd=whitened here, not the diagonal
