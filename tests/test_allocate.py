@@ -64,7 +64,7 @@ def every_plan(spectra, dense, multiple):
 @pytest.mark.parametrize("shapes", SMALL, ids=["three", "two", "wide and tall"])
 def test_of_all_plans_of_a_small_model_none_that_fits_is_worth_more(shapes, budget, multiple, dense):
     """The dense jump makes this a heuristic: of 2150 such cases (25 seeds) one is missed, by 9 % of the value."""
-    allocator = Lagrange("lagrange", "energy", "same", multiple, dense)
+    allocator = Lagrange("lagrange", "energy", "same", multiple, dense, 0.0)
     for seed in range(6):
         spectra = random_spectra(seed, shapes)
         plans = every_plan(spectra, dense, multiple)
@@ -88,7 +88,7 @@ def test_where_ranks_cost_the_same_and_no_weight_is_better_off_dense_the_plan_is
             name: Spectrum(s.shape, s.sigma_K, s.fisher_K.sort(descending=True).values) for name, s in spectra.items()
         }
         budget = Budget(err=err)
-        plan = Lagrange("lagrange", value, "same", 1, "never").plan(spectra, budget)
+        plan = Lagrange("lagrange", value, "same", 1, "never", 0.0).plan(spectra, budget)
         plans = [p for p in every_plan(spectra, "never", 1) if cost(p, spectra, budget) <= limit(spectra, budget)]
         best = max(worth(p, spectra, value) for p in plans)
         assert worth(plan.ranks, spectra, value) == pytest.approx(best, rel=1e-12)
@@ -99,7 +99,7 @@ def test_many_weights_come_within_half_a_percent_of_the_bound_that_no_plan_can_p
     spectra = random_spectra(0, [(64, 64), (64, 172), (172, 64), (24, 64)] * 8)
     for budget in (Budget(err=0.4), Budget(keep=0.7), Budget(keep=0.5)):
         for multiple in (1, 8):
-            plan = Lagrange("lagrange", "energy", "same", multiple, "break_even").plan(spectra, budget)
+            plan = Lagrange("lagrange", "energy", "same", multiple, "break_even", 0.0).plan(spectra, budget)
             shapes = [spectrum.shape for spectrum in spectra.values()]
             menu = Menu.of([s.sigma_K**2 for s in spectra.values()], shapes, budget, "break_even", multiple)
             priced = (menu.value_LO - plan.threshold * menu.cost_LO).amax(1).sum()
@@ -114,7 +114,7 @@ def test_with_normalized_values_and_no_dense_option_it_is_the_threshold_of_welor
     spectra = random_spectra(seed, [(16, 16), (8, 16), (44, 16), (9, 9), (15, 20)])
     budget = Budget(err=removed / 64)
     welore = Welore("welore", "max", "never", "plain").plan(spectra, budget)
-    plan = Lagrange("lagrange", "normalized", "plain", 1, "never").plan(spectra, budget)
+    plan = Lagrange("lagrange", "normalized", "plain", 1, "never", 0.0).plan(spectra, budget)
     assert plan.ranks == welore.ranks
     assert plan.err == pytest.approx(removed / 64)
 
@@ -124,7 +124,7 @@ def test_with_normalized_values_and_no_dense_option_it_is_the_threshold_of_welor
 @pytest.mark.parametrize("budget", [Budget(err=0.3), Budget(keep=0.8), Budget(keep=0.45)], ids=str)
 def test_the_budget_is_kept_and_no_further_step_of_a_factored_weight_fits(budget, multiple, value):
     spectra = random_spectra(1, MODEL)
-    plan = Lagrange("lagrange", value, "same", multiple, "break_even").plan(spectra, budget)
+    plan = Lagrange("lagrange", value, "same", multiple, "break_even", 0.0).plan(spectra, budget)
     left = limit(spectra, budget) - cost(plan.ranks, spectra, budget)
     assert left >= 0 and plan.factored
     for name, rank in plan.factored.items():
@@ -136,7 +136,7 @@ def test_the_budget_is_kept_and_no_further_step_of_a_factored_weight_fits(budget
 def test_a_weight_whose_values_are_all_alike_stays_dense_and_one_that_falls_fast_is_cut():
     flat, steep = torch.ones(24, dtype=torch.float64), 0.5 ** torch.arange(24, dtype=torch.float64)
     spectra = {"flat": Spectrum((24, 64), flat), "steep": Spectrum((24, 64), steep)}
-    ranks = Lagrange("lagrange", "normalized", "same", 1, "break_even").plan(spectra, Budget(keep=0.7)).ranks
+    ranks = Lagrange("lagrange", "normalized", "same", 1, "break_even", 0.0).plan(spectra, Budget(keep=0.7)).ranks
     assert ranks["flat"] is None
     assert ranks["steep"] == int(0.4 * 24 * 64 / (24 + 64))
 
@@ -145,13 +145,13 @@ def test_components_of_no_value_are_not_bought_even_where_they_fit():
     sigma_K = torch.tensor([3.0, 2.0, 1.0] + [0.0] * 13, dtype=torch.float64)
     spectra = {"deficient": Spectrum((16, 16), sigma_K), "nothing": Spectrum((16, 16), torch.zeros(16).double())}
     for value in ("energy", "relative", "normalized", "quantile"):
-        plan = Lagrange("lagrange", value, "same", 1, "break_even").plan(spectra, Budget(keep=0.9))
+        plan = Lagrange("lagrange", value, "same", 1, "break_even", 0.0).plan(spectra, Budget(keep=0.9))
         assert plan.ranks == {"deficient": 3, "nothing": 1}
 
 
 def test_a_weight_too_small_for_one_multiple_stays_dense():
     spectra = random_spectra(0, [(9, 9), (64, 64)])
-    plan = Lagrange("lagrange", "energy", "same", 8, "break_even").plan(spectra, Budget(keep=0.6))
+    plan = Lagrange("lagrange", "energy", "same", 8, "break_even", 0.0).plan(spectra, Budget(keep=0.6))
     assert plan.ranks["w0"] is None
     assert plan.ranks["w1"] % 8 == 0
 
@@ -205,14 +205,14 @@ def naive_zero_sum(spectra, budget, dense):
 def test_first_order_removes_what_a_naive_search_for_the_next_slope_that_cancels_removes(budget, dense):
     for seed in range(3):
         spectra = random_spectra(seed, MODEL)
-        plan = Lagrange("lagrange", "first_order", "same", 1, dense).plan(spectra, budget)
+        plan = Lagrange("lagrange", "first_order", "same", 1, dense, 0.0).plan(spectra, budget)
         assert plan.ranks == naive_zero_sum(spectra, budget, dense)
         assert cost(plan.ranks, spectra, budget) <= limit(spectra, budget)
 
 
 def test_the_slopes_that_first_order_removes_cancel_to_less_than_the_largest_of_them():
     spectra = random_spectra(2, [(64, 64)] * 12)
-    ranks = Lagrange("lagrange", "first_order", "same", 1, "never").plan(spectra, Budget(err=0.3)).ranks
+    ranks = Lagrange("lagrange", "first_order", "same", 1, "never", 0.0).plan(spectra, Budget(err=0.3)).ranks
     removed = torch.cat([s.slope_K[ranks[name] or 64 :] for name, s in spectra.items()])
     assert len(removed) > 200
     assert abs(float(removed.sum())) <= float(removed.abs().max()) < float(removed.abs().sum()) / 20
@@ -220,13 +220,13 @@ def test_the_slopes_that_first_order_removes_cancel_to_less_than_the_largest_of_
 
 def test_first_order_removes_whole_multiples():
     spectra = random_spectra(3, MODEL)
-    plan = Lagrange("lagrange", "first_order", "same", 8, "break_even").plan(spectra, Budget(keep=0.6))
+    plan = Lagrange("lagrange", "first_order", "same", 8, "break_even", 0.0).plan(spectra, Budget(keep=0.6))
     assert plan.factored and all(rank % 8 == 0 for rank in plan.factored.values())
     assert 0.55 < plan.keep <= 0.6
 
 
 def test_only_values_of_gradients_need_a_backward_pass():
-    needs = {value: Lagrange("lagrange", value, "same", 1, "half").needs for value in (*VALUES, "first_order")}
+    needs = {value: Lagrange("lagrange", value, "same", 1, "half", 0.0).needs for value in (*VALUES, "first_order")}
     assert needs.pop("fisher") == Needs.GRADIENTS
     assert needs.pop("first_order") == Needs.WEIGHT_GRADIENTS
     assert set(needs.values()) == {Needs.NOTHING}
@@ -243,14 +243,14 @@ def test_only_values_of_gradients_need_a_backward_pass():
 )
 def test_an_option_that_does_not_exist_is_refused(fields, message):
     with pytest.raises(Refused, match=message):
-        Lagrange("lagrange", *fields)
+        Lagrange("lagrange", *fields, 0.0)
 
 
 @pytest.mark.parametrize("value", ["fisher", "first_order"])
 def test_values_that_the_spectra_do_not_hold_are_refused(value):
     spectra = {"w": Spectrum((8, 8), torch.ones(8, dtype=torch.float64))}
     with pytest.raises(Refused, match=f"ranks.value={value} needs .* Write ranks.value=energy"):
-        Lagrange("lagrange", value, "same", 1, "half").plan(spectra, Budget(keep=0.5))
+        Lagrange("lagrange", value, "same", 1, "half", 0.0).plan(spectra, Budget(keep=0.5))
 
 
 @pytest.mark.parametrize("value", ["energy", "first_order"])
@@ -260,4 +260,4 @@ def test_a_budget_out_of_reach_is_refused_with_what_can_be_asked_for(budget, val
         Refused,
         match=f"{budget} is out of reach: the (largest err|smallest keep) here is [0-9.]+: write that or (less|more)",
     ):
-        Lagrange("lagrange", value, "same", 1, "break_even").plan(random_spectra(0, MODEL), budget)
+        Lagrange("lagrange", value, "same", 1, "break_even", 0.0).plan(random_spectra(0, MODEL), budget)

@@ -174,7 +174,7 @@ def test_a_budget_of_bytes_or_flops_is_met_to_within_one_rank_and_never_exceeded
     whole, unit = SIZES[measure](model), 2  # bytes of a bfloat16 number, FLOPs of one that is stored
     budget = resolve(Budget(**{measure: share}), model)
     spectra = read_spectra(model, plain(model, cache))
-    plan = Lagrange("lagrange", "energy", "same", 1, "never").plan(spectra, budget)
+    plan = Lagrange("lagrange", "energy", "same", 1, "never", 0.0).plan(spectra, budget)
     factorize(model, plan, plain(model, cache))
     largest = max(sum(spectrum.shape) for spectrum in spectra.values())
     assert plan.factored and 0 <= share * whole - SIZES[measure](model) < unit * largest

@@ -88,7 +88,8 @@ def test_sides_are_disjoint_and_within_the_parameters_of_the_lrc_factors(what, c
         trained = sum(sizes[name] for name in names[who])
         side = {"lrc": set(plan.division), "nlrc": set(found) - set(plan.division)}.get(who, set(found))
         left = min((sizes[name] for name in side - names[who]), default=budget)
-        assert trained <= budget and trained + left > budget or side == names[who]
+        assert trained <= budget
+        assert trained + left > budget or side == names[who]
     if what == "lrc":
         assert names["lrc"] == set(plan.division)
 
@@ -131,3 +132,13 @@ def test_after_a_step_only_the_chosen_weights_have_moved(what, cut):
         if not torch.equal(p, before[name])
     }
     assert moved == names
+
+
+@pytest.mark.parametrize(("mode", "inside"), [("welore", True), ("nlrc", False)])
+def test_a_mode_of_one_side_follows_the_division_and_not_what_is_factored(mode, inside, cut, configured):
+    model, plan = cut("nlrc")
+    strategy = configured(f"mode={mode}", "mode.norms=false").mode
+    strategy.divide(plan.division)
+    chosen = {id(p) for p in select(model, strategy)}
+    for name, module in components(model).items():
+        assert {id(p) in chosen for p in module.parameters()} == {(name in plan.division) == inside}

@@ -41,9 +41,9 @@ def trained(family):
     return model.eval().requires_grad_(False)
 
 
-def cut(model, coordinates, configured, refine, folder):
+def cut(model, coordinates, configured, refine, folder, keep=0.4):
     rule = configured("ranks=lagrange").ranks
-    plan = rule.plan(read_spectra(model, coordinates), Budget(keep=0.4))
+    plan = rule.plan(read_spectra(model, coordinates), Budget(keep=keep))
     return factorize_in_sequence(model, plan, coordinates, WINDOWS_BL, None, refine, Cache(folder))
 
 
@@ -108,6 +108,31 @@ def test_a_run_that_was_killed_fits_no_layer_twice_and_ends_the_same(trained, co
     assert cut(resumed, coordinates, configured, Counted(*options), tmp_path / "killed") == expected
     assert fitted == [1]
     assert weight_digests(undisturbed) == weight_digests(resumed)
+
+
+def test_layers_kept_by_another_plan_or_another_refinement_are_not_taken(trained, coordinates, configured, tmp_path):
+    expected, ours = deepcopy(trained), deepcopy(trained)
+    cut(deepcopy(trained), coordinates, configured, Blockwise("block", 1, 1e-3), tmp_path / "kept")
+    cut(expected, coordinates, configured, Blockwise("block", 2, 1e-3), tmp_path / "alone")
+    cut(ours, coordinates, configured, Blockwise("block", 2, 1e-3), tmp_path / "kept")
+    assert weight_digests(ours) == weight_digests(expected)
+    less = deepcopy(trained)
+    cut(less, coordinates, configured, Blockwise("block", 2, 1e-3), tmp_path / "kept", keep=0.3)
+    assert sum(factored_ranks(less).values()) < sum(factored_ranks(ours).values())
+
+
+def test_a_kept_layer_says_again_which_decomposition_failed(trained, coordinates, configured, tmp_path, monkeypatch):
+    def failing(name, module, rank, coordinates, pairs):
+        coordinates.notes[name] = "eigh failed"
+        return coordinates.factors(name, module, rank)
+
+    monkeypatch.setattr("welore.sequence._factors", failing)
+    cut(deepcopy(trained), coordinates, configured, Refine("none"), tmp_path)
+    notes = dict(coordinates.notes)
+    coordinates.notes.clear()
+    monkeypatch.setattr("welore.sequence._factors", None)
+    cut(trained, coordinates, configured, Refine("none"), tmp_path)
+    assert coordinates.notes == notes != {}
 
 
 @pytest.mark.parametrize("options", [(0, 1e-3), (1, 0.0), (1, -1.0)])

@@ -79,7 +79,7 @@ def rules(dense):
         "effective_rank": EffectiveRank("effective_rank", 1.0, dense),
         "relative_energy": RelativeEnergy("relative_energy", dense),
         "sensitivity": Sensitivity("sensitivity", [0.2, 0.4, 0.6, 0.8]),
-        **{value: Lagrange("lagrange", value, "same", 1, dense) for value in (*VALUES, "first_order")},
+        **{value: Lagrange("lagrange", value, "same", 1, dense, 0.0) for value in (*VALUES, "first_order")},
     }
 
 

@@ -181,14 +181,15 @@ class Lagrange(Ranks):
     Ranks are multiples of `multiple`; a weight too small for one stays dense. With value=first_order see `zero_sum`.
 
     Values are those of one weight cut alone, and damage done early passes through all that is cut after it: those of
-    the first decoder layer are worth 1 + depth_bias times their value, falling to once it in the last (LEMS).
+    the first decoder layer are worth 1 + depth_bias times their value, falling to once it in the last: a straight
+    line in the place of LEMS's harmonic one.
     """
 
     value: str
     spectrum: str
     multiple: int
     dense: str
-    depth_bias: float = 0.0
+    depth_bias: float
 
     def __post_init__(self):
         check_option("ranks.value", self.value, (*VALUES, FIRST_ORDER))

@@ -22,6 +22,7 @@ from welore.modes import GaLore, Mode
 
 FLOAT32 = torch.float32.itemsize
 KNOWN = ("llama", "mistral", "qwen2")
+MODES = ("welore", "nlrc", "full", "chosen", "random", "lora", "rslora", "galore")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
         raise Refused(
             f"the saved tensors of a {kind} model are not known here, only those of {', '.join(KNOWN)}. Measure one "
             f"step instead: fit/peak_gib of a run."
+        )
+    if mode.name not in MODES:
+        raise Refused(
+            f"what mode={mode.name} saves and keeps is not known here, only {', '.join(MODES)}. Measure one step "
+            f"instead: fit/peak_gib of a run."
         )
     sizes = [p.numel() for p in parameters]
     layers = [_layer(model, block, step, first) for block, first in _blocks(model)]

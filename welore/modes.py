@@ -89,8 +89,13 @@ class Adam(Mode):
 class Lrc(Adam):
     """Train the factors of the low-rank components only (WeLore-PEFT, Section 3.2)."""
 
+    _division = None  # LRCs are what is factored, unless `divide` tells otherwise
+
+    def divide(self, lrc: Mapping[str, int]) -> None:
+        self._division = lrc
+
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        parameters = component_parameters(model, LowRankLinear)
+        parameters = side_parameters(model, self._division, lrc=True)
         return parameters and parameters + self.normalizations(model)
 
 
@@ -98,8 +103,13 @@ class Lrc(Adam):
 class NLrc(Adam):
     """Train the weights that stayed dense only (Figure 4)."""
 
+    _division = None
+
+    def divide(self, lrc: Mapping[str, int]) -> None:
+        self._division = lrc
+
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        parameters = component_parameters(model, nn.Linear)
+        parameters = side_parameters(model, self._division, lrc=False)
         return parameters and parameters + self.normalizations(model)
 
 
@@ -229,6 +239,16 @@ def forget_peft(model: PreTrainedModel) -> None:
 def component_parameters(model: PreTrainedModel, kind: type[nn.Module]) -> list[nn.Parameter]:
     """All parameters, biases included, of the compressible weights of the given type."""
     return [p for module in components(model).values() if isinstance(module, kind) for p in module.parameters()]
+
+
+def side_parameters(model: PreTrainedModel, division: Mapping[str, int] | None, lrc: bool) -> list[nn.Parameter]:
+    """All parameters of one side of a division into LRC and N-LRC; without one, of what is factored or is not."""
+    return [
+        p
+        for name, module in components(model).items()
+        if (isinstance(module, LowRankLinear) if division is None else name in division) == lrc
+        for p in module.parameters()
+    ]
 
 
 def norm_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -50,8 +50,9 @@ def run(config: Config, folder: Path) -> Record:
     if finished is not None and finished.status == "done":
         if not config.force:
             return finished
-        discard_checkpoints(folder)
         set_aside(folder)
+    if config.force:
+        discard_checkpoints(folder)  # also those of a run that failed: it starts again
     gc.collect()  # the model of a sweep's cell before is held by cycles, and would count as memory of this one
     started = time.time()
     record = Record(

@@ -12,7 +12,7 @@ Shape suffixes: M = out_features, N = in_features, R = rank, T = tokens.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from dataclasses import replace as changed
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from welore.cache import Cache
+from welore.cache import Cache, digest
 from welore.calibrate import Stream
 from welore.compress import Coordinates, bias_of, dense_weight
 from welore.errors import Refused
@@ -118,6 +118,7 @@ def factorize_in_sequence(
     came from and to, in nats per token.
     """
     refined, anchors = [], coordinates.svd.sequential == "anchored"
+    key = _key(plan, coordinates, refine)
     stream = Stream(model, windows_BL, dtype)
     dense = stream.first()
     own = list(dense)
@@ -139,16 +140,18 @@ def factorize_in_sequence(
             for name, rank in cut.items():
                 factors[name] = _factors(name, model.get_submodule(name), rank, coordinates, pairs)
             _put(model, factors)
+            notes = {name: coordinates.notes[name] for name in cut if name in coordinates.notes}
             if not refine.refines:
-                return Layer(factors)
+                return Layer(factors, notes)
             trained = [p for name in cut for p in factor_parameters(model.get_submodule(name))]
             metric = coordinates.statistics.of(prefix, stream.device).gradient_metric().float()
             gain = refine.fit(stream, number, own, dense, trained, metric)
-            return Layer({name: factor_parameters(model.get_submodule(name)) for name in cut}, gain)
+            return Layer({name: factor_parameters(model.get_submodule(name)) for name in cut}, notes, gain)
 
         if cut:
-            layer = layers.get("layers", str(number), Layer.read, Layer.write, fit)
+            layer = layers.get("layers", f"{key}-{number}", Layer.read, Layer.write, fit)
             _put(model, layer.factors)
+            coordinates.notes.update(layer.notes)
             if layer.refined:
                 refined.append(layer.refined)
                 bar.set_postfix_str("{:.4f} to {:.4f} nats".format(*layer.refined))
@@ -156,11 +159,19 @@ def factorize_in_sequence(
     return refined
 
 
+def _key(plan: Plan, coordinates: Coordinates, refine: Refine) -> str:
+    """What the factors of a layer depend on, with all layers before it."""
+    options = json.dumps([plan.ranks, asdict(coordinates.svd), asdict(refine)], sort_keys=True)
+    return digest(options, coordinates.statistics.identity, *coordinates.weights.values())
+
+
 @dataclass(frozen=True)
 class Layer:
-    """The factors (A_MR, B_RN) of the weights of one layer, and what their refinement came from and to, if any."""
+    """The factors (A_MR, B_RN) of the weights of one layer, what was done instead where a decomposition failed, and
+    what their refinement came from and to, if any."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
+    notes: dict[str, str]
     refined: tuple[float, float] | None = None
 
     def write(self, path: Path) -> None:
@@ -169,15 +180,15 @@ class Layer:
             for name, pair in self.factors.items()
             for side, tensor in zip("AB", pair, strict=True)
         }
-        save_file(tensors, path, metadata={"refined": json.dumps(self.refined)})
+        save_file(tensors, path, metadata={"rest": json.dumps([self.notes, self.refined])})
 
     @classmethod
     def read(cls, path: Path) -> "Layer":
         with safe_open(path, framework="pt") as tensors:
             names = dict.fromkeys(key.rpartition("/")[0] for key in tensors.keys())  # noqa: SIM118, no mapping
             factors = {name: tuple(tensors.get_tensor(f"{name}/{side}") for side in "AB") for name in names}
-            refined = json.loads(tensors.metadata()["refined"])
-        return cls(factors, refined and tuple(refined))
+            notes, refined = json.loads(tensors.metadata()["rest"])
+        return cls(factors, notes, refined and tuple(refined))
 
 
 def factor_parameters(module: LowRankLinear) -> tuple[nn.Parameter, nn.Parameter]:
