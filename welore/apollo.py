@@ -11,9 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from welore.galore import project, project_back
+from welore.galore import directions, project, project_back, update_moments
 from welore.optim import Float32Masters
-from welore.svd import short_vectors
 
 GROWTH = 1.01  # the norm of a scaled gradient may grow by 1 % a step
 
@@ -45,14 +44,10 @@ class _Projected(torch.optim.Optimizer):
         if projected and step % group["gap"] == 0:
             state["projection"] = self.projection(G_MN, group, step, index)
         low = project(G_MN, state["projection"]) if projected else G_MN
-        if step == 0:
-            state["mean"], state["square"] = torch.zeros_like(low), torch.zeros_like(low)
         beta1, beta2 = group["betas"]
-        state["mean"].lerp_(low, 1 - beta1)
-        state["square"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        state["step"] = torch.tensor(float(step + 1))
+        step = update_moments(state, low, group["betas"])
         # As in the reference code, the corrections for the first steps come after the limit on growth.
-        lr = group["lr"] * math.sqrt(1 - beta2 ** (step + 1)) / (1 - beta1 ** (step + 1))
+        lr = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
         update = state["mean"] / (state["square"].sqrt() + group["eps"])
         if projected:
             update = self.combine(update, low, G_MN, group, state)
@@ -82,8 +77,7 @@ class _Apollo(_Projected):
 
 class _Fira(_Projected):
     def projection(self, G_MN: Tensor, group: dict, step: int, index: int) -> Tensor:
-        wide = G_MN.T if G_MN.shape[0] >= G_MN.shape[1] else G_MN
-        return short_vectors(wide)[:, : group["rank"]].contiguous()
+        return directions(G_MN, group["rank"])
 
     def combine(self, update: Tensor, low: Tensor, G_MN: Tensor, group: dict, state: dict) -> Tensor:
         P_KR = state["projection"]

@@ -20,6 +20,27 @@ def project_back(low: Tensor, P_KR: Tensor, shape: torch.Size) -> Tensor:
     return low @ P_KR.T if shape[0] >= shape[1] else P_KR @ low
 
 
+def directions(G_MN: Tensor, rank: int) -> Tensor:
+    """The `rank` largest singular vectors of the shorter side, K x R: of the columns of a square gradient, as in the
+    reference code."""
+    wide = G_MN.T if G_MN.shape[0] >= G_MN.shape[1] else G_MN
+    return short_vectors(wide)[:, :rank].contiguous()
+
+
+def update_moments(state: dict, low: Tensor, betas: tuple[float, float]) -> int:
+    """Take a projected gradient into Adam's two moments, and return the number of the step, from 1.
+
+    The moments are kept when the projection changes, as in the reference code.
+    """
+    if "step" not in state:
+        state["step"] = torch.tensor(0.0)
+        state["mean"], state["square"] = torch.zeros_like(low), torch.zeros_like(low)
+    state["mean"].lerp_(low, 1 - betas[0])
+    state["square"].mul_(betas[1]).addcmul_(low, low, value=1 - betas[1])
+    state["step"] = state["step"] + 1
+    return int(state["step"])
+
+
 class _GaLoreAdamW(torch.optim.Optimizer):
     def __init__(self, parameters, lr, betas, eps, weight_decay, rank, gap, scale):
         options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, gap=gap, scale=scale)
@@ -35,21 +56,13 @@ class _GaLoreAdamW(torch.optim.Optimizer):
     def _step(self, parameter: nn.Parameter, group: dict, state: dict) -> None:
         gradient = parameter.grad
         projected = parameter.ndim == 2 and min(parameter.shape) > group["rank"]
-        step = int(state.get("step", 0))
-        if projected and step % group["gap"] == 0:
-            # The singular vectors of the shorter side: of the columns of a square gradient, as in the reference code.
-            wide = gradient.T if gradient.shape[0] >= gradient.shape[1] else gradient
-            state["projection"] = short_vectors(wide)[:, : group["rank"]].contiguous()
+        if projected and int(state.get("step", 0)) % group["gap"] == 0:
+            state["projection"] = directions(gradient, group["rank"])
         low = project(gradient, state["projection"]) if projected else gradient
-        if step == 0:
-            state["mean"], state["square"] = torch.zeros_like(low), torch.zeros_like(low)
         beta1, beta2 = group["betas"]
-        # The moments are kept when the projection changes, as in the reference code.
-        state["mean"].lerp_(low, 1 - beta1)
-        state["square"].mul_(beta2).addcmul_(low, low, value=1 - beta2)
-        state["step"] = torch.tensor(float(step + 1))
-        corrected = (state["square"] / (1 - beta2 ** (step + 1))).sqrt_().add_(group["eps"])
-        update = (state["mean"] / (1 - beta1 ** (step + 1))).div_(corrected)
+        step = update_moments(state, low, group["betas"])
+        corrected = (state["square"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        update = (state["mean"] / (1 - beta1**step)).div_(corrected)
         if projected:
             update = project_back(update, state["projection"], parameter.shape)
         parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * group["scale"])
