@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from torch import Tensor
 from welore.cache import Cache, digest
 from welore.errors import Refused
 from welore.loss import IGNORED
-from welore.tasks import Calibration, Task, Training
+
+if TYPE_CHECKING:
+    from welore.tasks import Calibration, TextTask, Training
 
 ENCODED_TOGETHER = 256  # documents in one cache entry
 
@@ -39,7 +41,7 @@ def _ids(texts: list[str], tokenizer: Any, cache: Cache, special: bool) -> list[
     return [row.tolist() for row in saved["ids"].split(saved["lengths"].tolist())]
 
 
-def evaluation_windows(task: Task, tokenizer: Any, cache: Cache, split: str = "test") -> Tensor:
+def evaluation_windows(task: "TextTask", tokenizer: Any, cache: Cache, split: str = "test") -> Tensor:
     """The windows that a protocol scores, ids_BL. The text that is left after the last whole window is not scored."""
     protocol = task.protocol
     texts = list(islice(task.documents(split), protocol.documents))
@@ -59,7 +61,7 @@ def evaluation_windows(task: Task, tokenizer: Any, cache: Cache, split: str = "t
     return torch.cat([torch.tensor(first).expand(len(ids_BL), -1), ids_BL], dim=1).long() if first else ids_BL
 
 
-def calibration_windows(calibration: Calibration, tokenizer: Any, cache: Cache) -> Tensor:
+def calibration_windows(calibration: "Calibration", tokenizer: Any, cache: Cache) -> Tensor:
     """The windows that statistics are gathered on, ids_BL: documents after each other, cut into whole windows."""
     wanted, length = calibration.tokens // calibration.window, calibration.window
     texts = calibration.documents(calibration.split, calibration.seed)
@@ -76,10 +78,22 @@ def calibration_windows(calibration: Calibration, tokenizer: Any, cache: Cache) 
 
 @dataclass(frozen=True)
 class Rows:
-    """Training sequences: ids_BL, of which the first lengths_B tokens are real and the rest is padding."""
+    """Training sequences: ids_BL, of which the first lengths_B tokens are real and the rest is padding.
+
+    Scored are the real tokens from starts_B on, all but the first of a sequence where there is none.
+    """
 
     ids_BL: Tensor
     lengths_B: Tensor
+    starts_B: Tensor | None = None
+
+    @classmethod
+    def padded(cls, rows: list[list[int]], length: int, pad: int, starts: list[int] | None = None) -> "Rows":
+        ids_BL = torch.full((len(rows), length), pad, dtype=torch.int32)
+        for index, row in enumerate(rows):
+            ids_BL[index, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        lengths_B = torch.tensor([len(row) for row in rows])
+        return cls(ids_BL, lengths_B, None if starts is None else torch.tensor(starts))
 
     def __len__(self) -> int:
         return len(self.ids_BL)
@@ -87,12 +101,19 @@ class Rows:
     def batch(self, chosen: Tensor) -> dict[str, Tensor]:
         """The chosen rows as `ids_BL`, `labels_BL` (padding is not scored) and the number of `real` tokens."""
         ids_BL, lengths_B = self.ids_BL[chosen].long(), self.lengths_B[chosen]
-        real_BL = torch.arange(ids_BL.shape[1]) < lengths_B[:, None]
-        return {"ids_BL": ids_BL, "labels_BL": ids_BL.masked_fill(~real_BL, IGNORED), "real": real_BL.sum()}
+        place_L = torch.arange(ids_BL.shape[1])
+        real_BL = place_L < lengths_B[:, None]
+        scored_BL = real_BL if self.starts_B is None else real_BL & (place_L >= self.starts_B[chosen][:, None])
+        return {"ids_BL": ids_BL, "labels_BL": ids_BL.masked_fill(~scored_BL, IGNORED), "real": real_BL.sum()}
+
+    def scored(self, chosen: Tensor) -> Tensor:
+        """The number of scored tokens in the chosen rows; nothing predicts the first token of a sequence."""
+        starts_B = torch.ones_like(self.lengths_B) if self.starts_B is None else self.starts_B.clamp_min(1)
+        return (self.lengths_B - starts_B)[chosen].sum()
 
 
 def training_rows(
-    task: Task, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None
+    task: "TextTask", tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None
 ) -> Rows:
     """As many sequences of a split as the training budget can use (or `limit`); fewer where the text ends before."""
     training = task.training
@@ -107,14 +128,15 @@ def training_rows(
             break
     if not rows:
         raise Refused(f"task={task.name} has too little {split} text for one sequence of {training.length} tokens.")
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    ids_BL = torch.full((len(rows), training.length), pad, dtype=torch.int32)
-    for index, row in enumerate(rows):
-        ids_BL[index, : len(row)] = torch.tensor(row, dtype=torch.int32)
-    return Rows(ids_BL, torch.tensor([len(row) for row in rows]))
+    return Rows.padded(rows, training.length, padding(tokenizer))
 
 
-def _sequences(texts: Iterator[str], tokenizer: Any, cache: Cache, training: Training) -> Iterator[list[int]]:
+def padding(tokenizer: Any) -> int:
+    """A token to fill rows with; it is never attended to from, nor scored."""
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+def _sequences(texts: Iterator[str], tokenizer: Any, cache: Cache, training: "Training") -> Iterator[list[int]]:
     """Packed, or one document each, cut to the length."""
     if training.pack:
         yield from _packed(texts, tokenizer, cache, training.length)
@@ -146,7 +168,7 @@ class Batches:
     with the batch after the last one that it stepped on.
     """
 
-    def __init__(self, rows: Rows, training: Training, seed: int):
+    def __init__(self, rows: Rows, training: "Training", seed: int):
         self.rows, self.training = rows, training
         self.generator_seed = seed
         self.position = 0
@@ -187,8 +209,7 @@ class Batches:
             of_step = self.order[step * self.training.batch : (step + 1) * self.training.batch]
             chosen = self.order[index * size : (index + 1) * size]
             self.position = index + 1
-            scored = (self.rows.lengths_B[of_step] - 1).sum()
-            yield self.rows.batch(chosen) | {"scored": scored}
+            yield self.rows.batch(chosen) | {"scored": self.rows.scored(of_step)}
         self.position = 0
 
     def state_dict(self) -> dict[str, int]:

@@ -5,16 +5,19 @@ Shape suffixes: B = windows or sequences, L = tokens of one, T = B (L - 1) score
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from welore import metrics
 from welore.loss import IGNORED, cross_entropy, linear_cross_entropy
 from welore.models import DTYPES, decoder_layers
 
@@ -144,6 +147,55 @@ def perplexity(
         nats, tokens = nats + total, tokens + int(scored)
     mean = nats / tokens
     return Score(math.exp(mean) if mean < 700 else math.inf, tokens, median(rates))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a model did at one stage: `stage` metrics without their prefix, others, and an answer for each question."""
+
+    stage: dict[str, Any]
+    shared: dict[str, Any]
+    answers: list[dict[str, Any]] = field(default_factory=list)
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        return {f"{stage}/{key}": value for key, value in self.stage.items()} | self.shared
+
+
+class Benchmark(ABC):
+    """What models are measured on, whichever task it comes from."""
+
+    title: str  # in one line, to stand beside every number
+    longest: int  # tokens of its longest sequence
+    longest_key: str  # the option that sets it
+
+    @property
+    @abstractmethod
+    def identity(self) -> tuple[str | bytes, ...]:
+        """Whatever the numbers of one model on one device depend on."""
+
+    @abstractmethod
+    def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
+        """How the model does; `stage` is for the progress bar."""
+
+
+class Windows(Benchmark):
+    """Perplexity on the windows that a protocol scores, ids_BL."""
+
+    def __init__(self, windows_BL: Tensor, title: str, longest_key: str):
+        self.windows_BL, self.longest, self.longest_key = windows_BL, windows_BL.shape[1], longest_key
+        self.title = f"{title}, {windows_BL.numel()} tokens"
+
+    @property
+    def identity(self) -> tuple[str | bytes, ...]:
+        return f"{tuple(self.windows_BL.shape)}", self.windows_BL.numpy().tobytes()
+
+    def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
+        score = perplexity(model, self.windows_BL, dtype, f"{stage} perplexity")
+        found: dict[str, Any] = {"perplexity": score.perplexity}
+        if score.breaks_at is not None:
+            found[metrics.BREAKS_AT] = score.breaks_at
+        rate = {metrics.EVAL_TOKENS.key: score.tokens, metrics.EVAL_TOKENS_PER_SECOND.key: score.tokens_per_second}
+        return Outcome(found, rate)
 
 
 @torch.no_grad()

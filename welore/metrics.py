@@ -55,6 +55,17 @@ FIT_STEPS = Metric("fit/steps", "steps", 0)
 FIT_EPOCHS = Metric("fit/epochs", "epochs", 2)
 FIT_SECONDS = Metric("fit/seconds", "training seconds", 1)
 
+# Of questions, for each stage: what the model wrote, and which option it held most likely.
+DENSE_ACCURACY = Metric("dense/accuracy", "dense accuracy", 4, "higher")
+COMPRESSED_ACCURACY = Metric("compressed/accuracy", "compressed accuracy", 4, "higher")
+TUNED_ACCURACY = Metric("tuned/accuracy", "tuned accuracy", 4, "higher")
+TUNED_CORRECT = Metric("tuned/correct", "right answers", 0, "higher")
+TUNED_OPTION_ACCURACY = Metric("tuned/option_accuracy", "tuned accuracy by likelihood", 4, "higher")
+TRAIN_ACCURACY = Metric("tuned/train_accuracy", "accuracy on training questions", 4, "higher")
+EVAL_ACCURACY = Metric("eval/accuracy", "accuracy", 4, "higher")
+EVAL_EXAMPLES = Metric("eval/examples", "test questions", 0)
+EVAL_UNPARSED = Metric("eval/unparsed", "unparsed answers", 0, "lower")
+
 EVAL_TOKENS = Metric("eval/tokens", "test tokens", 0)
 EVAL_TOKENS_PER_SECOND = Metric("eval/tokens_per_second", "evaluation tokens/s", 1, "higher")
 DENSE_EVAL_TOKENS_PER_SECOND = Metric("dense/tokens_per_second", "dense evaluation tokens/s", 1, "higher")

@@ -34,7 +34,7 @@ def summary(record: Record, folder: Path) -> str:
         f"{record.environment['protocol']}",
         "",
         f"{'':24}{'dense':>16}{'compressed':>16}{'tuned':>16}",
-        _row("perplexity", [_perplexity(found, stage) for stage in ("dense", "compressed", "tuned")]),
+        *_scores(found),
         _row(
             "parameters",
             [_get(found, m) for m in (metrics.DENSE_PARAMETERS, metrics.PARAMETERS, metrics.TUNED_PARAMETERS)],
@@ -76,6 +76,27 @@ def _get(found: dict[str, Any], metric: Metric) -> str:
 
 def _pairs(found: dict[str, Any], *wanted: Metric) -> list[tuple[str, str]]:
     return [(metric.title, _get(found, metric)) for metric in wanted]
+
+
+STAGES = ("dense", "compressed", "tuned")
+
+
+def _scores(found: dict[str, Any]) -> list[str]:
+    """What the benchmark measures, by stage: perplexity, or the accuracy of written answers and of options."""
+    if metrics.EVAL_EXAMPLES.key not in found:
+        return [_row("perplexity", [_perplexity(found, stage) for stage in STAGES])]
+    lines = {"accuracy": "", "by likelihood": "option_"}
+    present = {title: prefix for title, prefix in lines.items() if f"dense/{prefix}accuracy" in found}
+    rows = [_row(title, [_accuracy(found, stage, prefix) for stage in STAGES]) for title, prefix in present.items()]
+    unparsed = [number(found.get(f"{stage}/unparsed"), 0) for stage in STAGES]
+    return [*rows, _row("unparsed", unparsed)] if "accuracy" in present else rows
+
+
+def _accuracy(found: dict[str, Any], stage: str, prefix: str) -> str:
+    if f"{stage}/{prefix}correct" not in found:
+        return "—"
+    share = 100 * found[f"{stage}/{prefix}accuracy"]
+    return f"{share:.1f} % ({found[f'{stage}/{prefix}correct']})"
 
 
 def _perplexity(found: dict[str, Any], stage: str) -> str:

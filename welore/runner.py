@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from welore import checkpoint, metrics
-from welore.batches import Batches, evaluation_windows, training_rows
+from welore.batches import Batches
 from welore.cache import Cache, digest
 from welore.compress import weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Interrupted, Refused
-from welore.evaluate import Score, frozen_weights_in, perplexity
+from welore.evaluate import Benchmark, Outcome, frozen_weights_in
 from welore.measure import GIB, Throughput, peak_memory
 from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.modes import norm_parameters, select
@@ -88,21 +87,20 @@ def _story(config: Config, folder: Path, record: Record) -> None:
 
     announce(f"load {config.model.name}")
     model, tokenizer = config.model.load(cache.folder)
-    windows_BL = evaluation_windows(config.task, tokenizer, cache)
-    _check_positions(model, config)
+    benchmark = config.task.benchmark(tokenizer, cache)
+    _check_positions(model, config, benchmark)
     weights = weight_digests(model)
     model.to(device)
-    protocol = f"{config.task.name} test: {config.task.protocol.title()}, {windows_BL.numel()} tokens"
-    record.environment = environment(device) | {"protocol": protocol, "weights": digest(*weights.values())}
+    record.environment = environment(device) | {"protocol": benchmark.title, "weights": digest(*weights.values())}
     found |= {metrics.DENSE_PARAMETERS.key: count_parameters(model), metrics.DENSE_BYTES.key: count_bytes(model)}
-    found |= _dense(model, weights, windows_BL, config, device, cache)
+    found |= _dense(model, weights, benchmark, config, folder, cache)
 
     started = time.perf_counter()
     with peak_memory(device) as peak:
         plan = compress(model, tokenizer, weights, config, folder, cache, record)
         found |= {metrics.COMPRESS_PEAK_GIB.key: peak.gib, metrics.COMPRESS_SECONDS.key: time.perf_counter() - started}
     found |= _compression(model, plan)
-    found |= _evaluate(model, windows_BL, config, "compressed")
+    found |= _evaluate(model, benchmark, config, folder, "compressed")
     found[metrics.NATS.key] = _damage(found)
 
     tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
@@ -110,7 +108,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
         if config.mode.trains:
             config.mode.divide(plan.division)
             found |= tune(model, tokenizer, config, folder, cache, loggers)
-            found |= _evaluate(model, windows_BL, config, "tuned")
+            found |= _evaluate(model, benchmark, config, folder, "tuned")
             found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
         for logger in loggers:
             logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
@@ -124,9 +122,9 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     from welore.module import Tuner
 
     training = config.task.training
-    rows = training_rows(config.task, tokenizer, cache, config.seed)
+    rows = config.task.rows(tokenizer, cache, config.seed)
     batches = Batches(rows, training, config.seed)
-    held_out = training_rows(config.task, tokenizer, cache, config.seed, "validation", training.validation_windows)
+    held_out = config.task.rows(tokenizer, cache, config.seed, "validation", training.validation_windows)
     validation = DataLoader([held_out.batch(torch.tensor([row])) for row in range(len(held_out))], batch_size=None)
 
     torch.manual_seed(config.seed)  # adapters start the same whatever was drawn before
@@ -165,44 +163,44 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     )
 
 
-def _evaluate(model: PreTrainedModel, windows_BL: Tensor, config: Config, stage: str) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    with peak_memory(device) as peak:
-        score = perplexity(model, windows_BL, config.model.autocast, f"{stage} perplexity")
-        return _scored(stage, score) | {metrics.EVAL_PEAK_GIB.key: peak.gib}
+def _evaluate(
+    model: PreTrainedModel, benchmark: Benchmark, config: Config, folder: Path, stage: str
+) -> dict[str, Any]:
+    with peak_memory(next(model.parameters()).device) as peak:
+        outcome = benchmark.measure(model, config.model.autocast, stage)
+        return _told(outcome, folder, stage) | {metrics.EVAL_PEAK_GIB.key: peak.gib}
 
 
-def _dense(model, weights: dict[str, str], windows_BL: Tensor, config: Config, device, cache: Cache) -> dict[str, Any]:
-    """How the uncompressed model scores under this protocol, measured once for each device."""
+def _dense(model, weights: dict[str, str], benchmark: Benchmark, config: Config, folder, cache) -> dict[str, Any]:
+    """How the uncompressed model does on the same benchmark, measured once for each device."""
+    shape, *content = benchmark.identity
     key = digest(
         *(part for item in weights.items() for part in item),
         model.config.to_json_string(),
-        f"{tuple(windows_BL.shape)} {config.model.autocast} {environment(device)['device']}",
-        windows_BL.numpy().tobytes(),
+        f"{shape} {config.model.autocast} {environment(next(model.parameters()).device)['device']}",
+        *content,
     )
 
-    def make() -> dict[str, Any]:
-        score = perplexity(model, windows_BL, config.model.autocast, "dense perplexity")
-        return _scored("dense", score) | {metrics.DENSE_EVAL_TOKENS_PER_SECOND.key: score.tokens_per_second}
+    def make() -> Outcome:
+        return benchmark.measure(model, config.model.autocast, "dense")
 
-    def write(value: dict[str, Any], path: Path) -> None:
-        path.write_text(json.dumps(value))
+    def write(outcome: Outcome, path: Path) -> None:
+        path.write_text(json.dumps(asdict(outcome)))
 
-    dense = cache.get("dense", key, lambda path: json.loads(path.read_text()), write, make)
-    dense.pop(metrics.EVAL_TOKENS_PER_SECOND.key)  # of the compressed model, later
-    return dense
+    outcome = cache.get("benchmark", key, lambda path: Outcome(**json.loads(path.read_text())), write, make)
+    found = _told(outcome, folder, "dense")
+    # That of the compressed model comes under the common name, later.
+    return found | {metrics.DENSE_EVAL_TOKENS_PER_SECOND.key: found.pop(metrics.EVAL_TOKENS_PER_SECOND.key)}
 
 
-def _scored(stage: str, score: Score) -> dict[str, Any]:
-    found = {
-        f"{stage}/perplexity": score.perplexity,
-        metrics.EVAL_TOKENS.key: score.tokens,
-        metrics.EVAL_TOKENS_PER_SECOND.key: score.tokens_per_second,
-    }
-    if score.breaks_at is not None:
-        found[f"{stage}/{metrics.BREAKS_AT}"] = score.breaks_at
-        announce(f"the {stage} model gives a loss that is not finite; it starts in {score.breaks_at}")
-    return found
+def _told(outcome: Outcome, folder: Path, stage: str) -> dict[str, Any]:
+    """The metrics of a stage; its answers go to a file for people to read."""
+    if breaks_at := outcome.stage.get(metrics.BREAKS_AT):
+        announce(f"the {stage} model gives a loss that is not finite; it starts in {breaks_at}")
+    if outcome.answers:
+        lines = [json.dumps(answer, ensure_ascii=False) for answer in outcome.answers]
+        (folder / f"answers-{stage}.jsonl").write_text("\n".join(lines) + "\n")
+    return outcome.metrics(stage)
 
 
 def _compression(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
@@ -221,13 +219,13 @@ def _compression(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
 
 def _damage(found: dict[str, Any]) -> float | None:
     """What compression has cost in nats per token: the logarithm of the ratio of perplexities."""
-    dense, compressed = (found[m.key] for m in (metrics.DENSE_PERPLEXITY, metrics.COMPRESSED_PERPLEXITY))
+    dense, compressed = (found.get(m.key, 0) for m in (metrics.DENSE_PERPLEXITY, metrics.COMPRESSED_PERPLEXITY))
     return math.log(compressed / dense) if 0 < dense < math.inf and 0 < compressed < math.inf else None
 
 
-def _check_positions(model: PreTrainedModel, config: Config) -> None:
+def _check_positions(model: PreTrainedModel, config: Config, benchmark: Benchmark) -> None:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    lengths = {"task.protocol.window": config.task.protocol.window}
+    lengths = {benchmark.longest_key: benchmark.longest}
     if config.mode.trains:
         lengths["task.training.length"] = config.task.training.length
     if config.needs:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from welore.cache import digest
+from welore.batches import Rows, evaluation_windows, training_rows
+from welore.cache import Cache, digest
 from welore.errors import Refused
+from welore.evaluate import Benchmark, Windows
 from welore.texts import hashed_split, local_split, shuffled, text_files
 
 SHUFFLED = ("train", "calibration")
@@ -189,20 +191,47 @@ class Hub(Texts):
 
 @dataclass
 class Task:
+    """What a model is measured on, and what it is trained on for how long."""
+
+    name: str
+    path: str | None
+    training: Training
+
+    def benchmark(self, tokenizer: Any, cache: Cache) -> Benchmark:
+        """What the model is measured on, ready for it."""
+        raise NotImplementedError
+
+    def rows(self, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None) -> Rows:
+        """The sequences of `train` or `validation` that the training budget can use, or `limit` of them."""
+        raise NotImplementedError
+
+    def identity(self) -> str:
+        """The content of the files behind `path`; empty where there is none."""
+        raise NotImplementedError
+
+
+@dataclass
+class TextTask(Task):
     """Texts, how perplexity is measured on them, and how much is trained. A source of texts is mixed in."""
 
     where: ClassVar[str] = "task"
     protocol: Protocol
-    training: Training
+
+    def benchmark(self, tokenizer: Any, cache: Cache) -> Benchmark:
+        title = f"{self.name} test: {self.protocol.title()}"
+        return Windows(evaluation_windows(self, tokenizer, cache), title, "task.protocol.window")
+
+    def rows(self, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None) -> Rows:
+        return training_rows(self, tokenizer, cache, seed, split, limit)
 
 
 @dataclass
-class PackageTask(Task, Package):
+class PackageTask(Package, TextTask):
     """A task on the texts of a Python package."""
 
 
 @dataclass
-class HubTask(Task, Hub):
+class HubTask(Hub, TextTask):
     """A task on a data set of the hub."""
 
 

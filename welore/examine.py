@@ -1,0 +1,220 @@
+"""Questions put to a model: what it writes greedily, and which option it holds most likely.
+
+Shape suffixes: B = sequences, L = tokens, V = vocabulary.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from welore import metrics
+from welore.batches import padding
+from welore.counts import wilson
+from welore.evaluate import Benchmark, Outcome, autocast
+
+PASS_TOKENS = 8192  # of one pass, padding included
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt, its right answer and its options, if it has some."""
+
+    prompt: str
+    answer: str
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """How questions are asked. `special` says whether prompts lack the special tokens of a text's beginning; `read`
+    finds an answer in what was written, `right` compares it with the right one."""
+
+    special: bool
+    batch: int
+    new_tokens: int
+    scoring: str
+    read: Callable[[str], str | None]
+    right: Callable[[str, str], bool]
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], special: bool) -> list[tuple[list[int], int]]:
+    """The ids of each text, and how many of them are those of the prompt that it begins with.
+
+    A text is encoded as a whole: cut behind the prompt, its answer would get other tokens than in training.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer([*prompts, *texts], add_special_tokens=special, verbose=False)["input_ids"]
+    pairs = zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True)
+    return [(_without_end(text, tokenizer), _shared(_without_end(prompt, tokenizer), text)) for prompt, text in pairs]
+
+
+def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Some tokenizers end every text, and an answer would begin after its end."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
+class Exam(Benchmark):
+    """Accuracy on questions. No question is ever left out: what cannot be read is wrong, and counted."""
+
+    longest_key = "the longest question and its answer: tokens"
+
+    def __init__(self, items: list[Item], practice: list[Item], tokenizer: Any, sitting: Sitting, title: str):
+        self.items, self.practice, self.tokenizer, self.sitting, self.title = (
+            items,
+            practice,
+            tokenizer,
+            sitting,
+            title,
+        )
+        self.longest = sitting.new_tokens + max(len(ids) for ids in self._prompts(items))
+
+    @property
+    def identity(self) -> tuple[str | bytes, ...]:
+        sitting = self.sitting
+        how = f"{self.title} {sitting.special} {sitting.new_tokens} {sitting.scoring}"
+        return how, json.dumps([[i.prompt, i.answer, i.options] for i in self.items])
+
+    def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
+        started = time.perf_counter()
+        answers = self._answers(model, dtype, self.items, stage)
+        seconds = time.perf_counter() - started
+        found = _counted(answers)
+        if stage == "tuned" and self.practice:
+            practised = _counted(self._answers(model, dtype, self.practice, "training questions"))
+            found |= {f"train_{key}": practised[key] for key in practised if key.endswith("accuracy")}
+        shared = {
+            metrics.EVAL_EXAMPLES.key: len(answers),
+            metrics.EVAL_ACCURACY.key: found.get("accuracy", found.get("option_accuracy")),
+            metrics.EVAL_UNPARSED.key: found.get("unparsed", 0),
+            metrics.EVAL_TOKENS_PER_SECOND.key: sum(map(len, self._prompts(self.items))) / seconds,
+        }
+        return Outcome(found, shared, answers)
+
+    def _answers(self, model, dtype, items: list[Item], stage: str) -> list[dict[str, Any]]:
+        """By question: the prompt, what was written and read, the likelihood of the options, and the verdicts."""
+        answers = [{"prompt": item.prompt, "right": item.answer} for item in items]
+        if self.sitting.scoring != "likelihood":
+            for answer, item, written in zip(answers, items, self._written(model, dtype, items, stage), strict=True):
+                read = self.sitting.read(written)
+                verdict = "unparsed" if read is None else "right" if self.sitting.right(read, item.answer) else "wrong"
+                answer |= {"written": written, "read": read, "verdict": verdict}
+        if self.sitting.scoring != "written" and items[0].options:
+            for answer, item, nats in zip(answers, items, self._likelihoods(model, dtype, items, stage), strict=True):
+                best = max(nats, key=nats.get)
+                verdict = "right" if best == item.answer else "wrong"
+                answer |= {"nats": {k: round(v, 4) for k, v in nats.items()}, "likeliest": best, "option": verdict}
+        return answers
+
+    def _prompts(self, items: Sequence[Item]) -> list[list[int]]:
+        prompts = [item.prompt for item in items]
+        # Up to where the right answer begins in training, which may be before the end of the prompt's own tokens.
+        texts = [f"{item.prompt} {item.answer}" for item in items]
+        return [ids[:start] for ids, start in encode(self.tokenizer, prompts, texts, self.sitting.special)]
+
+    @torch.no_grad()
+    def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[str]:
+        prompts, device = self._prompts(items), next(model.parameters()).device
+        pad = padding(self.tokenizer)
+        greedy = GenerationConfig(
+            max_new_tokens=self.sitting.new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        written = [""] * len(items)
+        for places in _passes(prompts, self.sitting.batch, f"{stage} answers"):
+            length = max(len(prompts[place]) for place in places)
+            ids_BL = torch.full((len(places), length), pad)
+            real_BL = torch.zeros(len(places), length, dtype=torch.long)
+            for row, place in enumerate(places):
+                ids_BL[row, length - len(prompts[place]) :] = torch.tensor(prompts[place])
+                real_BL[row, length - len(prompts[place]) :] = 1
+            with autocast(device, dtype):
+                out_BL = model.generate(
+                    input_ids=ids_BL.to(device), attention_mask=real_BL.to(device), generation_config=greedy
+                )
+            new = self.tokenizer.batch_decode(out_BL[:, length:], skip_special_tokens=True)
+            for place, text in zip(places, new, strict=True):
+                written[place] = text
+        return written
+
+    @torch.no_grad()
+    def _likelihoods(self, model, dtype, items: list[Item], stage: str) -> list[dict[str, float]]:
+        """log p of every option behind the prompt, in nats. Options that differ in their last token share one pass."""
+        pairs = [(place, option) for place, item in enumerate(items) for option in item.options]
+        prompts = [items[place].prompt for place, _ in pairs]
+        texts = [f"{items[place].prompt} {option}" for place, option in pairs]
+        encoded = encode(self.tokenizer, prompts, texts, self.sitting.special)
+        wanted: dict[tuple[int, ...], list[tuple[int, str, int, int]]] = {}
+        for (place, option), (ids, start) in zip(pairs, encoded, strict=True):
+            wanted.setdefault(tuple(ids[:-1]), []).append((place, option, start, ids[-1]))
+        sequences = [list(ids) for ids in wanted]
+        found: list[dict[str, float]] = [{} for _ in items]
+        for places in _passes(sequences, self.sitting.batch, f"{stage} options"):
+            self._score_pass(model, dtype, [sequences[p] for p in places], list(wanted.values()), places, found)
+        return [{option: scores[option] for option in item.options} for scores, item in zip(found, items, strict=True)]
+
+    def _score_pass(self, model, dtype, sequences, asked, places, found) -> None:
+        device = next(model.parameters()).device
+        ids_BL = torch.full((len(sequences), max(map(len, sequences))), padding(self.tokenizer))
+        for row, ids in enumerate(sequences):
+            ids_BL[row, : len(ids)] = torch.tensor(ids)
+        # The fewest positions that hold every prediction that is asked for.
+        first = min(start for place in places for _, _, start, _ in asked[place]) - 1
+        with autocast(device, dtype):
+            # Padding stands behind every sequence, where nothing real attends to it.
+            logits_BLV = model(
+                input_ids=ids_BL.to(device), use_cache=False, logits_to_keep=ids_BL.shape[1] - first
+            ).logits
+        for row, place in enumerate(places):
+            for item, option, start, last in asked[place]:
+                targets = [*sequences[row][start:], last]
+                positions = torch.arange(start - 1, start - 1 + len(targets)) - first
+                log_p_LV = logits_BLV[row][positions].float().log_softmax(-1)
+                found[item][option] = float(log_p_LV[torch.arange(len(targets)), targets].sum())
+
+
+def _passes(sequences: Sequence[Sequence[int]], batch: int, title: str) -> Iterator[list[int]]:
+    """The places of at most `batch` sequences of similar lengths, the longest first, so that memory peaks at once."""
+    order = sorted(range(len(sequences)), key=lambda place: -len(sequences[place]))
+    bar = tqdm(total=len(order), desc=title, unit="question", leave=False)
+    while order:
+        size = max(1, min(batch, PASS_TOKENS // len(sequences[order[0]])))
+        places, order = order[:size], order[size:]
+        yield places
+        bar.update(len(places))
+    bar.close()
+
+
+def _counted(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, shares of all questions and their Wilson intervals, of what was written and of the likeliest options."""
+    found: dict[str, Any] = {}
+    for key, prefix in {"verdict": "", "option": "option_"}.items():
+        if key not in answers[0]:
+            continue
+        correct = sum(answer[key] == "right" for answer in answers)
+        low, high = wilson(correct, len(answers))
+        found |= {
+            f"{prefix}correct": correct,
+            f"{prefix}accuracy": correct / len(answers),
+            f"{prefix}accuracy_low": low,
+            f"{prefix}accuracy_high": high,
+        }
+    if "verdict" in answers[0]:
+        found["unparsed"] = sum(answer["verdict"] == "unparsed" for answer in answers)
+    return found
