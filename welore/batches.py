@@ -99,8 +99,10 @@ class Rows:
         return len(self.ids_BL)
 
     def batch(self, chosen: Tensor) -> dict[str, Tensor]:
-        """The chosen rows as `ids_BL`, `labels_BL` (padding is not scored) and the number of `real` tokens."""
-        ids_BL, lengths_B = self.ids_BL[chosen].long(), self.lengths_B[chosen]
+        """The chosen rows, as long as the longest of them, as `ids_BL`, `labels_BL` (padding is not scored) and the
+        number of `real` tokens."""
+        lengths_B = self.lengths_B[chosen]
+        ids_BL = self.ids_BL[chosen, : int(lengths_B.max())].long()
         place_L = torch.arange(ids_BL.shape[1])
         real_BL = place_L < lengths_B[:, None]
         scored_BL = real_BL if self.starts_B is None else real_BL & (place_L >= self.starts_B[chosen][:, None])

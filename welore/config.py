@@ -219,6 +219,7 @@ def register() -> None:
         "asked": lambda *, _root_: _unless_refused(_root_, lambda config: config.asked),
         "unless": _unless,
         "task_path": lambda name, *, _root_: _root_.task.path if _root_.task.name == name else None,
+        "published_steps": lambda *, _root_: OmegaConf.select(_root_, "task.published_steps", default=None),
         "times": lambda value, factor: value * factor,
     }
     for name, resolver in resolvers.items():

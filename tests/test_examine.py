@@ -1,0 +1,110 @@
+import json
+
+import pytest
+import torch
+
+from welore.examine import Exam, Item, Sitting, encode
+
+PROMPTS = ["The coin is", "A coin is heads up, and then somebody flips it. It is", "Is it so? The answer is", "Ada"]
+
+
+def sitting(batch=2, scoring="both", read=lambda text: text.strip()[:1] or None, right=str.__eq__):
+    return Sitting(True, batch, 4, scoring, read, right)
+
+
+def exam(tokenizer, items=None, **options):
+    items = items or [Item(prompt, "yes", ("yes", "no", "perhaps so")) for prompt in PROMPTS]
+    return Exam(items, [], tokenizer, sitting(**options), "questions")
+
+
+@torch.no_grad()
+def one_by_one(model, tokenizer, prompt, new):
+    """Greedy tokens behind a prompt without padding, batch or cache."""
+    ids = tokenizer(prompt)["input_ids"]
+    for _ in range(new):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[len(tokenizer(prompt)["input_ids"]) :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def likelihood(model, tokenizer, prompt, option):
+    ids = torch.tensor(tokenizer(f"{prompt} {option}")["input_ids"])
+    start = len(tokenizer(prompt)["input_ids"])
+    assert ids[:start].tolist() == tokenizer(prompt)["input_ids"]
+    log_p = model(ids[None]).logits[0].double().log_softmax(-1)
+    return float(sum(log_p[place - 1, ids[place]] for place in range(start, len(ids))))
+
+
+def test_answers_in_batches_are_those_of_one_question_after_the_other(model, tokenizer):
+    answers = exam(tokenizer, batch=3, scoring="written").measure(model, None, "dense").answers
+    assert [a["written"] for a in answers] == [one_by_one(model, tokenizer, prompt, 4) for prompt in PROMPTS]
+
+
+def test_likelihoods_are_those_of_whole_texts(model, tokenizer):
+    answers = exam(tokenizer, batch=5).measure(model, None, "dense").answers
+    for answer, prompt in zip(answers, PROMPTS, strict=True):
+        for option, nats in answer["nats"].items():
+            assert nats == pytest.approx(likelihood(model, tokenizer, prompt, option), abs=2e-4)
+        assert answer["likeliest"] == max(answer["nats"], key=answer["nats"].get)
+
+
+@pytest.mark.parametrize("scoring", ["written", "likelihood", "both"])
+def test_verdicts_do_not_depend_on_the_batch(model, tokenizer, scoring):
+    one, many = (exam(tokenizer, batch=batch, scoring=scoring).measure(model, None, "x") for batch in (1, 32))
+    verdicts = [[(a.get("verdict"), a.get("option")) for a in outcome.answers] for outcome in (one, many)]
+    assert verdicts[0] == verdicts[1]
+    assert {k: v for k, v in one.stage.items()} == many.stage
+
+
+def test_every_question_is_in_the_denominator_and_what_cannot_be_read_is_wrong(model, tokenizer):
+    reads = iter(["yes", None, "no", None])
+    outcome = exam(tokenizer, batch=1, scoring="written", read=lambda text: next(reads)).measure(model, None, "x")
+    assert (outcome.stage["correct"], outcome.stage["unparsed"]) == (1, 2)
+    assert outcome.stage["accuracy"] * outcome.shared["eval/examples"] == 1.0
+    assert outcome.stage["accuracy_low"] < 0.25 < outcome.stage["accuracy_high"]
+    assert [a["verdict"] for a in outcome.answers].count("unparsed") == 2
+
+
+def test_answers_without_options_have_no_likelihood(model, tokenizer):
+    outcome = exam(tokenizer, [Item("Two and two is", "4", ())]).measure(model, None, "x")
+    assert "accuracy" in outcome.stage and "option_accuracy" not in outcome.stage
+
+
+def test_the_model_may_not_sample_whatever_its_defaults_say(model, tokenizer):
+    plain = exam(tokenizer, scoring="written").measure(model, None, "x").answers
+    model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert exam(tokenizer, scoring="written").measure(model, None, "x").answers == plain
+
+
+def test_an_answer_has_the_tokens_that_it_has_inside_the_text(tokenizer):
+    (ids, start), (_, other) = encode(tokenizer, PROMPTS[:2], [f"{p} yes" for p in PROMPTS[:2]], True)
+    assert tokenizer.decode(ids[start:]) == " yes" and start < len(ids) and other > start
+
+
+def test_another_question_or_answer_is_another_benchmark(tokenizer):
+    first = exam(tokenizer)
+    changed = exam(tokenizer, [Item(p, "no", ("yes", "no", "perhaps so")) for p in PROMPTS])
+    assert first.identity == exam(tokenizer).identity != changed.identity
+
+
+def test_a_run_keeps_every_prompt_answer_and_verdict_beside_its_record(configured, tmp_path):
+    from welore.runner import run
+
+    config = configured(
+        "err=0.3", "mode=welore", "task=coinflip", "task/training=questions", "task.training.steps=2",
+        "task.limit=7", "task.train_limit=3", "trainer.progress=false", "save=false", f"outputs={tmp_path}",
+    )  # fmt: skip
+    record = run(config, tmp_path / "run")
+    found = record.metrics
+    assert found["eval/examples"] == 7 and "dense/perplexity" not in found
+    for stage in ("dense", "compressed", "tuned"):
+        answers = [json.loads(line) for line in (tmp_path / "run" / f"answers-{stage}.jsonl").read_text().splitlines()]
+        assert len(answers) == 7 and all("is the coin" in a["prompt"].lower() for a in answers)
+        for key, prefix in {"verdict": "", "option": "option_"}.items():
+            assert found[f"{stage}/{prefix}correct"] == sum(a[key] == "right" for a in answers)
+            assert found[f"{stage}/{prefix}accuracy"] * 7 == pytest.approx(found[f"{stage}/{prefix}correct"])
+    assert 0 <= found["tuned/train_option_accuracy"] <= 1
