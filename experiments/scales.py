@@ -46,3 +46,19 @@ def texts(scale: str) -> list[str]:
 
 def local(text: str) -> Path:
     return Path(os.environ.get("WELORE_DATA", "../shared/data")) / text
+
+
+# Benchmarks by the folder of their original files, beside the local texts.
+FOLDERS = {"date": "date_understanding", "objects": "object_tracking"}
+
+
+def questions(scale: str, task: str) -> Cell:
+    """A benchmark and its training: as published at paper scale; at laptop scale minutes, on the answers alone.
+
+    Local files are read where they are there. CoinFlip is generated: it needs none.
+    """
+    if scale == "paper":
+        return {"task": task, "task/training": "downstream"}
+    folder = local("tasks") / FOLDERS.get(task, task)
+    there = {"task.path": str(folder)} if task != "coinflip" and folder.is_dir() else {}
+    return {"task": task, "task/training": "questions", "task.scored": "answer"} | there

@@ -96,3 +96,19 @@ def test_the_saved_model_has_the_perplexity_of_the_record(tmp_path):
     windows_BL = evaluation_windows(config.task, byte_tokenizer(), Cache(tmp_path / "cache"))
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert perplexity(reloaded, windows_BL).perplexity == record.metrics["tuned/perplexity"]
+
+
+def test_compressed_weights_that_two_runs_share_are_measured_once(configured, tmp_path, monkeypatch):
+    from welore.evaluate import Windows
+
+    stages = []
+    measure = Windows.measure
+    monkeypatch.setattr(Windows, "measure", lambda self, *args: stages.append(args[-1]) or measure(self, *args))
+    records = []
+    for mode in ("none", "welore", "nlrc"):
+        options = ("task/training=smoke", "task/protocol=smoke", "trainer.progress=false", "save=false")
+        config = configured("err=0.3", f"mode={mode}", f"outputs={tmp_path}", *options)
+        records.append(run(config, tmp_path / mode).metrics)
+    assert stages == ["dense", "compressed", "tuned", "tuned"]
+    assert len({found["compressed/perplexity"] for found in records}) == 1
+    assert records[1]["tuned/perplexity"] != records[2]["tuned/perplexity"]

@@ -5,6 +5,7 @@ Shape suffixes: B = sequences, L = tokens, V = vocabulary.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,7 @@ class Exam(Benchmark):
             found |= {f"train_{key}": practised[key] for key in practised if key.endswith("accuracy")}
         shared = {
             metrics.EVAL_EXAMPLES.key: len(answers),
+            metrics.EVAL_CHANCE.key: max(Counter(i.answer for i in self.items).values()) / len(answers),
             metrics.EVAL_ACCURACY.key: found.get("accuracy", found.get("option_accuracy")),
             metrics.EVAL_UNPARSED.key: found.get("unparsed", 0),
             metrics.EVAL_TOKENS_PER_SECOND.key: sum(map(len, self._prompts(self.items))) / seconds,

@@ -93,14 +93,16 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     model.to(device)
     record.environment = environment(device) | {"protocol": benchmark.title, "weights": digest(*weights.values())}
     found |= {metrics.DENSE_PARAMETERS.key: count_parameters(model), metrics.DENSE_BYTES.key: count_bytes(model)}
-    found |= _dense(model, weights, benchmark, config, folder, cache)
+    found |= _told(_measure_once(model, weights, benchmark, config, cache, "dense"), folder, "dense")
+    found[metrics.DENSE_EVAL_TOKENS_PER_SECOND.key] = found[metrics.EVAL_TOKENS_PER_SECOND.key]
 
     started = time.perf_counter()
     with peak_memory(device) as peak:
         plan = compress(model, tokenizer, weights, config, folder, cache, record)
         found |= {metrics.COMPRESS_PEAK_GIB.key: peak.gib, metrics.COMPRESS_SECONDS.key: time.perf_counter() - started}
     found |= _compression(model, plan)
-    found |= _evaluate(model, benchmark, config, folder, "compressed")
+    weights = weight_digests(model)
+    found |= _told(_measure_once(model, weights, benchmark, config, cache, "compressed"), folder, "compressed")
     found[metrics.NATS.key] = _damage(found)
 
     tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
@@ -108,7 +110,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
         if config.mode.trains:
             config.mode.divide(plan.division)
             found |= tune(model, tokenizer, config, folder, cache, loggers)
-            found |= _evaluate(model, benchmark, config, folder, "tuned")
+            found |= _told(_measure(model, benchmark, config, "tuned"), folder, "tuned")
             found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
         for logger in loggers:
             logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
@@ -163,34 +165,34 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     )
 
 
-def _evaluate(
-    model: PreTrainedModel, benchmark: Benchmark, config: Config, folder: Path, stage: str
-) -> dict[str, Any]:
+def _measure(model: PreTrainedModel, benchmark: Benchmark, config: Config, stage: str) -> Outcome:
     with peak_memory(next(model.parameters()).device) as peak:
         outcome = benchmark.measure(model, config.model.autocast, stage)
-        return _told(outcome, folder, stage) | {metrics.EVAL_PEAK_GIB.key: peak.gib}
+        outcome.shared[metrics.EVAL_PEAK_GIB.key] = peak.gib
+    return outcome
 
 
-def _dense(model, weights: dict[str, str], benchmark: Benchmark, config: Config, folder, cache) -> dict[str, Any]:
-    """How the uncompressed model does on the same benchmark, measured once for each device."""
+def _measure_once(model, weights: dict[str, str], benchmark: Benchmark, config: Config, cache, stage: str) -> Outcome:
+    """The same for weights that other runs have too, once for each device."""
     shape, *content = benchmark.identity
+    device = environment(next(model.parameters()).device)["device"]
     key = digest(
         *(part for item in weights.items() for part in item),
         model.config.to_json_string(),
-        f"{shape} {config.model.autocast} {environment(next(model.parameters()).device)['device']}",
+        f"{shape} {config.model.autocast} {device}",
         *content,
     )
 
     def make() -> Outcome:
-        return benchmark.measure(model, config.model.autocast, "dense")
+        return _measure(model, benchmark, config, stage)
+
+    def read(path: Path) -> Outcome:
+        return Outcome(**json.loads(path.read_text()))
 
     def write(outcome: Outcome, path: Path) -> None:
         path.write_text(json.dumps(asdict(outcome)))
 
-    outcome = cache.get("benchmark", key, lambda path: Outcome(**json.loads(path.read_text())), write, make)
-    found = _told(outcome, folder, "dense")
-    # That of the compressed model comes under the common name, later.
-    return found | {metrics.DENSE_EVAL_TOKENS_PER_SECOND.key: found.pop(metrics.EVAL_TOKENS_PER_SECOND.key)}
+    return cache.get("benchmark", key, read, write, make)
 
 
 def _told(outcome: Outcome, folder: Path, stage: str) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Figure 6: WeLore, full and LoRA tuning of a 50 % compressed model on StrategyQA: loss, throughput, parameters.
+
+Cost: laptop 9 runs and 6 that follow, 3 to 9 minutes each on 2 CPU cores; paper 9 runs, never measured.
+
+It is Figure 8 of the paper's first version. The paper prints no number of it but what its text says. At laptop scale
+the factors are K-FAC's, as in Table 6.
+"""
+
+from collections.abc import Sequence
+
+from experiments import asked, tuned, tuning
+from experiments.asked import higher
+from experiments.cells import Cell, Row
+from experiments.compare import measured
+from experiments.page import Claim, Page
+from experiments.scales import MODELS, calibrated_on, questions
+from experiments.tuned import Numbers, bounded, lower, training_picture
+from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
+from welore import metrics
+from welore.report import number
+
+NEEDS = tuning.NEEDS
+ERR = 0.5
+MODES = ["welore", "full", "lora"]
+
+
+def cells(scale: str) -> list[Cell]:
+    shared = {"model": MODELS[scale][0], "ranks": "welore", "err": ERR} | questions(scale, "strategyqa")
+    if scale == "laptop":
+        shared |= {"svd": "kfac"} | calibrated_on(scale, "c4")
+    return [cell for mode in MODES for cell in tuning.grid(shared | {"mode": mode})]
+
+
+def render(rows: Sequence[Row]) -> Page:
+    found = {study.cell["mode"]: study for study in studies(rows)}
+    head = ["mode", "err", "keep", "parameters", "training tokens/s", "peak GiB", *asked.COLUMNS]
+    body = [[mode, *asked.budget(study), *_cost(study), *asked.values(study)] for mode, study in found.items()]
+    page = Page(head, body, [*asked.NOTES, *measured(rows)], claims(found))
+    picture = training_picture(found, f"{rows[0].cell['model']}, {rows[0].cell['task']}, err {ERR:g}")
+    page.figures = {} if picture is None else {"": picture}
+    return page
+
+
+def _cost(study: Study) -> list[str]:
+    costs = [(metrics.FIT_TOKENS_PER_SECOND, 0), (metrics.FIT_PEAK_GIB, 2)]
+    return [number(tuned.value(study, metric), digits) for metric, digits in costs]
+
+
+def claims(found: dict[str, Study]) -> list[Claim]:
+    place = f"err {ERR:g}"
+    seeded = {(place, mode): study for mode, study in found.items()}
+
+    def numbers(metric: metrics.Metric) -> Numbers:
+        return {key: tuned.value(study, metric) for key, study in seeded.items()}
+
+    return [
+        Claim(
+            "WeLore has a higher throughput than LoRA (Section 4.2, 3)",
+            None,
+            lower(numbers(metrics.FIT_TOKENS_PER_SECOND), [place], "lora", "welore"),
+        ),
+        Claim(
+            "WeLore needs less memory than full tuning (Section 4.2, 3)",
+            None,
+            lower(numbers(metrics.FIT_PEAK_GIB), [place], "welore", "full"),
+        ),
+        Claim(
+            "WeLore's memory is close to LoRA's, at most 1.2 of it (Section 4.2, 3)",
+            None,
+            bounded(numbers(metrics.FIT_PEAK_GIB), [place], "welore", "lora", 0.0, 1.2),
+        ),
+        Claim("WeLore answers more questions than LoRA", None, higher(seeded, [place], "welore", "lora")),
+    ]
