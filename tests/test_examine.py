@@ -50,6 +50,16 @@ def test_likelihoods_are_those_of_whole_texts(model, tokenizer):
         assert answer["likeliest"] == max(answer["nats"], key=answer["nats"].get)
 
 
+def test_options_are_told_apart_in_bfloat16(model, tokenizer):
+    """The logits are float32: those of bfloat16 would fall on one grid of 8 bits."""
+    model.get_output_embeddings().weight.data *= 30
+    fine, coarse = (exam(tokenizer, scoring="likelihood").measure(model, dtype, "x") for dtype in (None, "bfloat16"))
+    for one, other in zip(fine.answers, coarse.answers, strict=True):
+        for option, nats in one["nats"].items():
+            assert other["nats"][option] == pytest.approx(nats, rel=0.05)
+            assert other["nats"][option] * 64 % 1 != 0
+
+
 @pytest.mark.parametrize("scoring", ["written", "likelihood", "both"])
 def test_verdicts_do_not_depend_on_the_batch(model, tokenizer, scoring):
     one, many = (exam(tokenizer, batch=batch, scoring=scoring).measure(model, None, "x") for batch in (1, 32))

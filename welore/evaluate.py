@@ -96,6 +96,26 @@ def frozen_weights_in(model: PreTrainedModel, dtype: str | None) -> Iterator[Non
             module.weight = original
 
 
+@contextmanager
+def float32_logits(model: PreTrainedModel) -> Iterator[None]:
+    """Let the output matrix multiply in float32, whatever the rest runs in.
+
+    A logit in bfloat16 has 8 bits: options that differ by less than a sixteenth of a nat come out alike.
+    """
+    head = model.get_output_embeddings()
+    weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden.float(), weight, bias)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward  # the one of the class shows again
+
+
 def _hidden(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
     return model.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
 

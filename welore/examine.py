@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from welore import metrics
 from welore.batches import padding
 from welore.counts import wilson
-from welore.evaluate import Benchmark, Outcome, autocast
+from welore.evaluate import Benchmark, Outcome, autocast, float32_logits
 
 PASS_TOKENS = 8192  # of one pass, padding included
 
@@ -80,7 +80,7 @@ class Exam(Benchmark):
             sitting,
             title,
         )
-        self.longest = sitting.new_tokens + max(len(ids) for ids in self._prompts(items))
+        self.longest = sitting.new_tokens + max(len(ids) for ids in self.prompts(items))
 
     @property
     def identity(self) -> tuple[str | bytes, ...]:
@@ -90,18 +90,19 @@ class Exam(Benchmark):
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         started = time.perf_counter()
-        answers = self._answers(model, dtype, self.items, stage)
-        seconds = time.perf_counter() - started
+        with float32_logits(model):
+            answers = self._answers(model, dtype, self.items, stage)
+            seconds = time.perf_counter() - started
+            asked_again = self.practice if stage == "tuned" else []
+            practised = self._answers(model, dtype, asked_again, "training questions")
         found = _counted(answers)
-        if stage == "tuned" and self.practice:
-            practised = _counted(self._answers(model, dtype, self.practice, "training questions"))
-            found |= {f"train_{key}": practised[key] for key in practised if key.endswith("accuracy")}
+        found |= {f"train_{key}": value for key, value in _counted(practised).items() if key.endswith("accuracy")}
         shared = {
             metrics.EVAL_EXAMPLES.key: len(answers),
             metrics.EVAL_CHANCE.key: max(Counter(i.answer for i in self.items).values()) / len(answers),
             metrics.EVAL_ACCURACY.key: found.get("accuracy", found.get("option_accuracy")),
             metrics.EVAL_UNPARSED.key: found.get("unparsed", 0),
-            metrics.EVAL_TOKENS_PER_SECOND.key: sum(map(len, self._prompts(self.items))) / seconds,
+            metrics.EVAL_TOKENS_PER_SECOND.key: sum(map(len, self.prompts(self.items))) / seconds,
         }
         return Outcome(found, shared, answers)
 
@@ -113,14 +114,14 @@ class Exam(Benchmark):
                 read = self.sitting.read(written)
                 verdict = "unparsed" if read is None else "right" if self.sitting.right(read, item.answer) else "wrong"
                 answer |= {"written": written, "read": read, "verdict": verdict}
-        if self.sitting.scoring != "written" and items[0].options:
+        if self.sitting.scoring != "written" and items and items[0].options:
             for answer, item, nats in zip(answers, items, self._likelihoods(model, dtype, items, stage), strict=True):
                 best = max(nats, key=nats.get)
                 verdict = "right" if best == item.answer else "wrong"
                 answer |= {"nats": {k: round(v, 4) for k, v in nats.items()}, "likeliest": best, "option": verdict}
         return answers
 
-    def _prompts(self, items: Sequence[Item]) -> list[list[int]]:
+    def prompts(self, items: Sequence[Item]) -> list[list[int]]:
         prompts = [item.prompt for item in items]
         # Up to where the right answer begins in training, which may be before the end of the prompt's own tokens.
         texts = [f"{item.prompt} {item.answer}" for item in items]
@@ -128,7 +129,7 @@ class Exam(Benchmark):
 
     @torch.no_grad()
     def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[str]:
-        prompts, device = self._prompts(items), next(model.parameters()).device
+        prompts, device = self.prompts(items), next(model.parameters()).device
         pad = padding(self.tokenizer)
         greedy = GenerationConfig(
             max_new_tokens=self.sitting.new_tokens,
@@ -207,7 +208,7 @@ def _counted(answers: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts, shares of all questions and their Wilson intervals, of what was written and of the likeliest options."""
     found: dict[str, Any] = {}
     for key, prefix in {"verdict": "", "option": "option_"}.items():
-        if key not in answers[0]:
+        if not answers or key not in answers[0]:
             continue
         correct = sum(answer[key] == "right" for answer in answers)
         low, high = wilson(correct, len(answers))
@@ -217,6 +218,6 @@ def _counted(answers: list[dict[str, Any]]) -> dict[str, Any]:
             f"{prefix}accuracy_low": low,
             f"{prefix}accuracy_high": high,
         }
-    if "verdict" in answers[0]:
+    if answers and "verdict" in answers[0]:
         found["unparsed"] = sum(answer["verdict"] == "unparsed" for answer in answers)
     return found
