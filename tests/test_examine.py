@@ -8,7 +8,9 @@ from welore.examine import Exam, Item, Sitting, encode
 PROMPTS = ["The coin is", "A coin is heads up, and then somebody flips it. It is", "Is it so? The answer is", "Ada"]
 
 
-def sitting(batch=2, scoring="both", read=lambda text: text.strip()[:1] or None, right=str.__eq__):
+def sitting(
+    batch=2, scoring="both", read=lambda text: text.strip()[:1] or None, right=lambda read, item: read == item.answer
+):
     return Sitting(True, batch, 4, scoring, read, right)
 
 
@@ -78,7 +80,7 @@ def test_every_question_is_in_the_denominator_and_what_cannot_be_read_is_wrong(m
 
 
 def test_answers_without_options_have_no_likelihood(model, tokenizer):
-    outcome = exam(tokenizer, [Item("Two and two is", "4", ())]).measure(model, None, "x")
+    outcome = exam(tokenizer, [Item("Two and two is", "4")]).measure(model, None, "x")
     assert "accuracy" in outcome.stage and "option_accuracy" not in outcome.stage
 
 

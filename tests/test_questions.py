@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from welore.errors import Refused
+from welore.examine import Item
 from welore.loss import IGNORED
 from welore.questions import big_bench, coin_flips
 
@@ -178,7 +179,8 @@ def test_the_published_rule_reads_the_first_match_and_says_where_there_is_none(t
 
 def test_numbers_are_compared_as_numbers(task):
     svamp = task("svamp")
-    assert svamp.right("51.", "51") and svamp.right("0.50", "0.5") and not svamp.right("5", "51")
+    for read, answer, right in [("51.", "51", True), ("0.50", "0.5", True), ("5", "51", False)]:
+        assert svamp.right(read, Item("", answer)) == right
 
 
 REFUSED = [

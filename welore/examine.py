@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -24,11 +24,12 @@ PASS_TOKENS = 8192  # of one pass, padding included
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt, its right answer and its options, if it has some."""
+    """A prompt, its right answer, its options, if it has some, and other names of the right answer."""
 
     prompt: str
     answer: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Sitting:
     new_tokens: int
     scoring: str
     read: Callable[[str], str | None]
-    right: Callable[[str, str], bool]
+    right: Callable[[str, Item], bool]
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], special: bool) -> list[tuple[list[int], int]]:
@@ -86,7 +87,7 @@ class Exam(Benchmark):
     def identity(self) -> tuple[str | bytes, ...]:
         sitting = self.sitting
         how = f"{self.title} {sitting.special} {sitting.new_tokens} {sitting.scoring}"
-        return how, json.dumps([[i.prompt, i.answer, i.options] for i in self.items])
+        return how, json.dumps([astuple(item) for item in self.items])
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         started = time.perf_counter()
@@ -112,7 +113,7 @@ class Exam(Benchmark):
         if self.sitting.scoring != "likelihood":
             for answer, item, written in zip(answers, items, self._written(model, dtype, items, stage), strict=True):
                 read = self.sitting.read(written)
-                verdict = "unparsed" if read is None else "right" if self.sitting.right(read, item.answer) else "wrong"
+                verdict = "unparsed" if read is None else "right" if self.sitting.right(read, item) else "wrong"
                 answer |= {"written": written, "read": read, "verdict": verdict}
         if self.sitting.scoring != "written" and items and items[0].options:
             for answer, item, nats in zip(answers, items, self._likelihoods(model, dtype, items, stage), strict=True):

@@ -30,12 +30,16 @@ Raw = dict[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """A question with its right answer, among `options` where there are some, below a passage where there is one."""
+    """A question with its right answer, among `options` where there are some, below a passage where there is one.
+
+    `aliases` are other names of the right answer.
+    """
 
     question: str
     answer: str
     options: tuple[str, ...] = ()
     passage: str = ""
+    aliases: tuple[str, ...] = ()
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Questions(Task):
     batch: int
     new_tokens: int
     sizes: list[int] | None
-    published_steps: int
+    published_steps: int | None
 
     def __post_init__(self):
         choices = {
@@ -96,8 +100,8 @@ class Questions(Task):
         """Training and test records, from the records of each file or hub split."""
         raise NotImplementedError
 
-    def right(self, read: str, answer: str) -> bool:
-        return read == answer
+    def right(self, read: str, item: Item) -> bool:
+        return read == item.answer
 
     # Where they come from.
 
@@ -178,7 +182,7 @@ class Questions(Task):
         return PAPER_END if self.style == "paper" else f".{tokenizer.eos_token or ''}"
 
     def items(self, examples: Sequence[Example], tokenizer: Any) -> list[Item]:
-        return [Item(self.prompt(e, tokenizer), e.answer, e.options) for e in examples]
+        return [Item(self.prompt(e, tokenizer), e.answer, e.options, e.aliases) for e in examples]
 
     def read(self, written: str) -> str | None:
         """The answer in what the model wrote after the prompt; None where there is none."""
@@ -251,8 +255,8 @@ class Svamp(Questions):
     def example(self, raw):
         return Example(f"{raw['Body']} {raw['Question']}", f"{float(raw['Answer']):g}")
 
-    def right(self, read: str, answer: str) -> bool:
-        return float(read) == float(answer)
+    def right(self, read: str, item: Item) -> bool:
+        return float(read) == float(item.answer)
 
 
 @dataclass
@@ -429,11 +433,13 @@ def _records(file: Path) -> list[Raw]:
         if file.suffix == ".jsonl":
             return [json.loads(line) for line in content.split("\n") if line.strip()]
         found = json.loads(content)
-        return found["examples"] if isinstance(found, dict) else list(found)
+        if isinstance(found, dict):
+            found = found["Questions" if "Questions" in found else "examples"]  # FreebaseQA, and BIG-bench
+        return list(found)
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise Refused(
             f"{file} is not in a format of questions: {type(error).__name__}: {error}. Expected are JSON lines, a "
-            f"JSON list, or a JSON object with a list `examples`."
+            f"JSON list, or a JSON object with a list `examples` or `Questions`."
         ) from error
 
 

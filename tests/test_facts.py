@@ -1,0 +1,107 @@
+import json
+
+import pytest
+
+from welore.errors import Refused
+from welore.examine import Item
+from welore.facts import normalized
+
+TRIVIA = {"question": "Who?", "answer": "The Ace", "aliases": ["Ace", "A.C.E."]}
+FREEBASE = {
+    "Questions": [
+        {"RawQuestion": "Who?", "Parses": [{"Answers": [{"AnswersName": ["ace"]}, {"AnswersName": [["the top"]]}]}]}
+    ]
+}
+
+
+@pytest.fixture
+def task(configured):
+    return lambda name, *overrides: configured(f"task={name}", "mode=none", *overrides).task
+
+
+def written(folder, content):
+    lines = content if isinstance(content, list) else None
+    file = folder / ("validation.jsonl" if lines else "eval.json")
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) if lines else json.dumps(content))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("The Beatles", "beatles"),
+        ("a  cat,  an\tox", "cat ox"),
+        ("Campbell-Bannerman", "campbell bannerman"),
+        ("U.S.A.", "u s"),  # the last letter passes for an article, on both sides
+        ("O’Neill's", "o neill s"),
+        ("snake_case", "snake case"),
+        ("  ...  ", ""),
+        ("Theatre", "theatre"),
+        ("É", "é"),
+    ],
+)
+def test_names_are_compared_without_case_punctuation_and_articles(text, plain):
+    assert normalized(text) == plain
+
+
+@pytest.mark.parametrize(
+    ("wrote", "read", "right"),
+    [
+        (" the ace.\nQuestion: next", "the ace.", True),
+        ("\n\n A.C.E\n", "A.C.E", True),
+        (" The answer is the ace", "The answer is the ace", False),
+        (" queen", "queen", False),
+        (" ... \n", None, None),
+        ("", None, None),
+    ],
+)
+def test_the_first_line_is_right_if_it_is_any_alias(task, wrote, read, right):
+    trivia = task("triviaqa")
+    example = trivia.example(TRIVIA)
+    assert trivia.read(wrote) == read
+    assert read is None or trivia.right(read, Item("", example.answer, aliases=example.aliases)) == right
+
+
+@pytest.mark.parametrize(("name", "content"), [("triviaqa", [TRIVIA]), ("freebaseqa", FREEBASE)])
+def test_each_format_is_read_whole_as_test_questions(task, tmp_path, name, content):
+    facts = task(name, f"task.path={written(tmp_path, content)}")
+    (example,) = facts.examples("test")
+    assert example.question == "Who?" and "ace" in {normalized(alias) for alias in example.aliases}
+    assert facts.examples("train") == facts.examples("validation") == []
+
+
+def test_the_hubs_triviaqa_is_read_alike(task):
+    nested = {"question": "Who?", "answer": {"value": "The Ace", "aliases": ["Ace", "A.C.E."]}}
+    assert task("triviaqa").example(nested) == task("triviaqa").example(TRIVIA)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("triviaqa", [TRIVIA | {"answer": "...", "aliases": []}], ["record 0", "has a letter or a digit"]),
+        ("triviaqa", [{"question": "Who?"}], ["record 0", "KeyError: 'answer'"]),
+        ("freebaseqa", {"Questions": [{"RawQuestion": "Who?", "Parses": []}]}, ["record 0", "no answer"]),
+        ("freebaseqa", {"Data": []}, ["not in a format of questions"]),
+    ],
+)
+def test_a_record_without_an_answer_is_named(task, tmp_path, name, content, words):
+    with pytest.raises(Refused) as stopped:
+        task(name, f"task.path={written(tmp_path, content)}").examples("test")
+    assert all(word in str(stopped.value) for word in words)
+
+
+def test_nothing_is_trained_on_questions_that_are_all_for_testing(configured, tmp_path):
+    from welore.runner import run
+
+    path = written(tmp_path, [TRIVIA] * 3)
+    options = [f"task.path={path}", f"outputs={tmp_path}", "save=false", "trainer.progress=false"]
+    found = run(configured("task=triviaqa", "mode=none", "err=0.3", *options), tmp_path / "a").metrics
+    assert found["eval/examples"] == 3 and found["compressed/unparsed"] + found["compressed/correct"] <= 3
+    with pytest.raises(Refused, match="mode=none"):
+        run(configured("task=triviaqa", "mode=welore", "err=0.3", *options), tmp_path / "b")
+
+
+@pytest.mark.real
+def test_the_real_triviaqa_has_all_its_questions(task, data):
+    examples = task("triviaqa", f"task.path={data / 'tasks' / 'triviaqa'}").examples("test")
+    assert len(examples) == 7993 and all(example.aliases for example in examples)

@@ -1,0 +1,98 @@
+"""Questions about facts, answered in a few words: exact match with any alias of the right answer.
+
+The paper asks FreebaseQA (Table 2, appendix D.4.1) and prints no prompt: the one here is ours, with three questions
+that are answered already, so that a model which knows also says it in a few words.
+"""
+
+import re
+import string
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from welore.batches import Rows
+from welore.errors import Refused
+from welore.examine import Item
+from welore.questions import Example, Questions, every
+
+PROMPT = (
+    "Question: What is the capital of France?\nAnswer: Paris\n\n"
+    "Question: How many legs does a spider have?\nAnswer: eight\n\n"
+    "Question: Who wrote the play Hamlet?\nAnswer: William Shakespeare\n\n"
+    "Question: {question}\nAnswer:"
+)
+
+
+def normalized(text: str) -> str:
+    """Lower case, without punctuation and articles, single spaces: what TriviaQA's evaluation compares."""
+    plain = text.lower().replace("_", " ")
+    plain = "".join(" " if sign in string.punctuation + "‘’´`" else sign for sign in plain)
+    return " ".join(word for word in plain.split() if word not in ("a", "an", "the"))
+
+
+@dataclass
+class Facts(Questions):
+    """All records are test questions: nothing is trained on them."""
+
+    trigger: ClassVar[str] = "Answer:"
+
+    def divide(self, raws):
+        return [], self.test(raws)
+
+    def test(self, raws: dict[str, list[Any]]) -> list[Any]:
+        return every(raws)
+
+    def examples(self, split: str) -> list[Example]:
+        return super().examples(split) if split == "test" else []
+
+    def prompt(self, example: Example, tokenizer: Any) -> str:
+        return (
+            PROMPT.format(question=example.question) if self.style == "paper" else super().prompt(example, tokenizer)
+        )
+
+    def read(self, written: str) -> str | None:
+        """The first line, or what a chat model says before its turn ends; None where nothing is left of it."""
+        line = next((line.strip() for line in written.split("\n") if line.strip()), "")
+        return line if normalized(line) else None
+
+    def right(self, read: str, item: Item) -> bool:
+        return normalized(read) in {normalized(alias) for alias in (item.answer, *item.aliases)}
+
+    def rows(self, *args, **options) -> Rows:
+        raise Refused(
+            f"task={self.name} has test questions alone, so nothing can be trained on them. Write mode=none."
+        )
+
+
+@dataclass
+class TriviaQa(Facts):
+    """TriviaQA's validation questions, without their documents."""
+
+    def test(self, raws):
+        return raws.get("validation") or every(raws)
+
+    def example(self, raw):
+        answer = raw["answer"]
+        value, aliases = (answer["value"], answer["aliases"]) if isinstance(answer, dict) else (answer, raw["aliases"])
+        return fact(raw["question"], value, aliases)
+
+
+@dataclass
+class FreebaseQa(Facts):
+    """FreebaseQA: a question is right by any of the names of any of its parses."""
+
+    def test(self, raws):
+        names = [name for name in raws if re.search("eval|test", name)]
+        return raws[names[0]] if len(names) == 1 else every(raws)
+
+    def example(self, raw):
+        names = [name for parse in raw["Parses"] for answer in parse["Answers"] for name in answer["AnswersName"]]
+        flat = [part for name in names for part in (name if isinstance(name, list) else [name])]
+        if not flat:
+            raise ValueError(f"no answer of {raw['RawQuestion']!r} has a name")
+        return fact(raw["RawQuestion"], flat[0], flat)
+
+
+def fact(question: str, answer: str, aliases: list[str]) -> Example:
+    if not normalized(answer) and not any(map(normalized, aliases)):
+        raise ValueError(f"no answer of {question!r} has a letter or a digit")
+    return Example(question, answer, aliases=tuple(aliases))
