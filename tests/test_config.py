@@ -11,7 +11,9 @@ from welore.moments import Needs
 
 OPTIONS = sorted(CONF.glob("*/*.yaml")) + sorted(CONF.glob("*/*/*.yaml"))
 PARTS = {"amounts", "texts", "asking"}  # groups that options of other groups are made of
-QUESTIONS = [file.stem for file in CONF.glob("task/*.yaml") if "/asking/" in file.read_text()]
+QUESTIONS = [
+    file.stem for file in CONF.glob("task/*.yaml") if "/asking/" in file.read_text() or file.stem == "lm_eval"
+]
 NEEDED = {
     "model/path": ["model.path=x.gguf"],
     "ranks/given": ["ranks.path={ranks}"],

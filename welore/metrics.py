@@ -65,6 +65,7 @@ TUNED_OPTION_ACCURACY = Metric("tuned/option_accuracy", "tuned accuracy by likel
 TRAIN_ACCURACY = Metric("tuned/train_accuracy", "accuracy on training questions", 4, "higher")
 EVAL_ACCURACY = Metric("eval/accuracy", "accuracy", 4, "higher")
 EVAL_EXAMPLES = Metric("eval/examples", "test questions", 0)
+EVAL_QUESTIONS_PER_SECOND = Metric("eval/questions_per_second", "questions/s", 2, "higher")
 EVAL_CHANCE = Metric("eval/chance", "share of the most frequent right answer", 4)
 EVAL_UNPARSED = Metric("eval/unparsed", "unparsed answers", 0, "lower")
 

@@ -83,6 +83,10 @@ STAGES = ("dense", "compressed", "tuned")
 
 def _scores(found: dict[str, Any]) -> list[str]:
     """What the benchmark measures, by stage: perplexity, or the accuracy of written answers and of options."""
+    harness = sorted(key.removeprefix("dense/") for key in found if key.startswith("dense/lm_eval/"))
+    if harness:
+        shown = [key for key in harness if "stderr" not in key]
+        return [_row(key[8:], [number(found.get(f"{stage}/{key}"), 4) for stage in STAGES]) for key in shown]
     if metrics.EVAL_EXAMPLES.key not in found:
         return [_row("perplexity", [_perplexity(found, stage) for stage in STAGES])]
     lines = {"accuracy": "", "by likelihood": "option_"}

@@ -1,0 +1,126 @@
+"""The tasks of lm-evaluation-harness, run on the model in memory, factors and all.
+
+The package is an optional extra: pip install -e .[lm_eval]
+"""
+
+import importlib.util
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from welore import metrics
+from welore.batches import Rows
+from welore.cache import Cache, digest
+from welore.errors import Refused
+from welore.evaluate import Benchmark, Outcome, autocast
+from welore.tasks import Task
+
+PACKAGE = "lm_eval"
+
+
+@dataclass
+class Harness(Task):
+    """`tasks` of the harness, `limit` questions of each (null for all), `shots` before each (null for the task's own).
+
+    `path` is a folder with task files of your own.
+    """
+
+    tasks: list[str]
+    shots: int | None
+    limit: int | None
+    batch: int
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise Refused(
+                "task.tasks=[] asks nothing. Write the names of the harness, such as task.tasks=[piqa,boolq]."
+            )
+        for key, least in {"shots": 0, "limit": 1, "batch": 1}.items():
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise Refused(f"task.{key}={value} is too small. Write {least} or more.")
+
+    def benchmark(self, tokenizer: Any, cache: Cache) -> "HarnessRun":
+        if importlib.util.find_spec(PACKAGE) is None:
+            raise Refused("task=lm_eval needs lm-evaluation-harness, which is not installed. Run: pip install lm-eval")
+        return HarnessRun(self, tokenizer)
+
+    def rows(self, *args, **options) -> Rows:
+        raise Refused("task=lm_eval measures, and nothing is trained on it. Write mode=none.")
+
+    def identity(self) -> str:
+        """The content of the folder of task files."""
+        if self.path is None:
+            return ""
+        folder = Path(self.path)
+        if not folder.is_dir():
+            raise Refused(f"task.path={self.path} is no folder of task files. The working folder is {Path.cwd()}.")
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return digest(*(part for file in files for part in (str(file.relative_to(folder)), file.read_bytes())))
+
+
+class HarnessRun(Benchmark):
+    """The harness on one model after the other; it brings its own prompts, windows and metrics."""
+
+    longest, longest_key = 1, "task.batch"
+
+    def __init__(self, task: Harness, tokenizer: Any):
+        self.task, self.tokenizer = task, tokenizer
+        asked = "all questions" if task.limit is None else f"the first {task.limit} questions"
+        shots = "their own shots" if task.shots is None else f"{task.shots} shots"
+        self.title = f"lm-evaluation-harness: {', '.join(task.tasks)}, {asked}, {shots}"
+
+    @property
+    def identity(self) -> tuple[str | bytes, ...]:
+        from importlib.metadata import version
+
+        return f"{self.title} {version('lm-eval')}", self.task.identity()
+
+    def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        wrapped = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.task.batch)
+        started = time.perf_counter()
+        with autocast(next(model.parameters()).device, dtype):
+            found = simple_evaluate(
+                wrapped,
+                tasks=list(self.task.tasks),
+                num_fewshot=self.task.shots,
+                limit=self.task.limit,
+                task_manager=TaskManager(include_path=self.task.path),
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+        seconds = time.perf_counter() - started
+        samples = found["samples"]
+        asked = sum(len(lines) for lines in samples.values())
+        shared = {metrics.EVAL_EXAMPLES.key: asked, metrics.EVAL_QUESTIONS_PER_SECOND.key: asked / seconds}
+        return Outcome(_numbers(found["results"]), shared, _answers(samples))
+
+
+def _numbers(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """`lm_eval/TASK/METRIC`, as the harness names them, without the filter where it is `none`."""
+    return {
+        f"lm_eval/{task}/{metric.removesuffix(',none')}": float(value)
+        for task, measured in results.items()
+        for metric, value in measured.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and metric not in ("sample_len",)
+    }
+
+
+def _answers(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "task": task,
+            "prompt": str(line["arguments"][0][0]),
+            "right": str(line["target"]),
+            "answers": [str(answer) for answer in line["filtered_resps"]],
+        }
+        for task, lines in samples.items()
+        for line in lines
+    ]
