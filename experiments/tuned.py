@@ -105,7 +105,7 @@ def rising(numbers: Numbers, lines: Sequence[Sequence[str]], over: str, under: s
 
 
 def surely_lower(found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str) -> Outcomes:
-    """`lower` for means over seeds, by more than two standard errors of the difference."""
+    """`lower` for means over seeds, by a paired t test."""
     return {place: surely_below(found.get((place, column)), found.get((place, other))) for place in places}
 
 
