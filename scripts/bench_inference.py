@@ -122,7 +122,7 @@ def memory(arguments: argparse.Namespace, config: Config, device: torch.device) 
 
 def alone(arguments: list[str], name: str) -> dict:
     output = subprocess.run(
-        [sys.executable, __file__, *arguments, f"--only={name}"], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, f"--only={name}", *arguments], check=True, stdout=subprocess.PIPE, text=True
     )
     return json.loads(output.stdout.splitlines()[-1])
 
