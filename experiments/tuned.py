@@ -60,8 +60,14 @@ def _cost(row: Row) -> list[str]:
         number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
         number(row.found(metrics.FIT_PEAK_GIB), 2),
         number(optimizer, 1),
-        str(row.record.environment["device"]),
+        _device(row),
     ]
+
+
+def _device(row: Row) -> str:
+    """Where it ran, and whether layers were run again for their gradients: speed and memory depend on both."""
+    environment = row.record.environment
+    return f"{environment['device']}{', recompute' if environment.get('recompute') else ''}"
 
 
 def page(

@@ -9,9 +9,6 @@ Without --measure nothing is loaded: the model is built without storage. Its ran
 """
 
 import argparse
-import ctypes
-import gc
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +20,7 @@ from welore.config import Config, compose, to_config
 from welore.errors import Refused
 from welore.explain import explain
 from welore.fit import recomputed
-from welore.measure import GIB, peak_memory
+from welore.measure import GIB, give_back, peak_memory
 from welore.memory import Footprint, Step, largest_batch, predict
 from welore.models import Random, count_bytes, count_parameters
 from welore.modes import select
@@ -74,9 +71,7 @@ def measure(config: Config, step: Step) -> None:
     device = config.trainer.place()
     with tempfile.TemporaryDirectory() as folder:
         model, _ = compressed(config, device, Cache(Path(folder)))
-    gc.collect()
-    if device.type == "cpu" and sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # or what compression has freed would be used again, and not be counted
+    give_back(device)
     with peak_memory(device) as now:
         besides = now.gib - count_bytes(model) / GIB
     model.train()

@@ -116,6 +116,14 @@ def test_a_mean_over_seeds_with_its_standard_error(tmp_path):
     assert (values["untuned"], values["dense"], values["flag"]) == ("500.00", "30.00", "—")
 
 
+def test_a_run_that_recomputed_its_layers_says_so_beside_its_device(tmp_path):
+    found = study(tmp_path, [200.0, 100.0, 300.0])
+    found.first.record.environment["recompute"] = True
+    assert dict(zip(tuned.COLUMNS, tuned.values(found), strict=True))["device"] == "a CPU, recompute"
+    found.first.record.environment["recompute"] = False
+    assert dict(zip(tuned.COLUMNS, tuned.values(found), strict=True))["device"] == "a CPU"
+
+
 def test_a_seed_that_is_missing_leaves_a_study_open(tmp_path):
     found = study(tmp_path, [200.0, 100.0, 300.0])
     (opened,) = studies([*found.rows, Row(START | {"mode.lr": 0.0005, "seed": 1}, why="never run")])

@@ -25,7 +25,7 @@ from welore.compress import weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Interrupted, Refused
 from welore.evaluate import Score, frozen_weights_in, perplexity
-from welore.measure import GIB, Throughput, peak_memory
+from welore.measure import GIB, Peak, Throughput, give_back, peak_memory
 from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.modes import norm_parameters, select
 from welore.optim import state_bytes
@@ -94,6 +94,8 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     model.to(device)
     protocol = f"{config.task.name} test: {config.task.protocol.title()}, {windows_BL.numel()} tokens"
     record.environment = environment(device) | {"protocol": protocol, "weights": digest(*weights.values())}
+    if config.mode.trains:
+        record.environment["recompute"] = config.trainer.recompute  # no science, but it decides speed and memory
     found |= {metrics.DENSE_PARAMETERS.key: count_parameters(model), metrics.DENSE_BYTES.key: count_bytes(model)}
     found |= _dense(model, weights, windows_BL, config, device, cache)
 
@@ -139,10 +141,11 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     tuner = Tuner(model, config.mode, parameters, training, batches.steps, zeros)
     throughput = Throughput(training.accumulate)
     device = next(model.parameters()).device
+    give_back(device)  # of what compression freed
     started = time.perf_counter()
     with peak_memory(device) as peak, frozen_weights_in(model, config.model.autocast):
         fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput)
-        gib = peak.gib
+        memory = _memory(peak, metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
     gradients = trained * torch.float32.itemsize
     state = (gradients + state_bytes(tuner.optimizers(use_pl_optimizer=False))) / GIB
     model.to(device).eval().requires_grad_(False)
@@ -152,8 +155,8 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     return (
         zeroed
         | throughput.metrics()
+        | memory
         | {
-            metrics.FIT_PEAK_GIB.key: gib,
             metrics.FIT_STATE_GIB.key: state,
             metrics.TRAINABLE_PARAMETERS.key: trained,
             metrics.TRAINABLE_NORMS.key: sum(p.numel() for p in parameters if id(p) in norms),
@@ -167,9 +170,16 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
 
 def _evaluate(model: PreTrainedModel, windows_BL: Tensor, config: Config, stage: str) -> dict[str, Any]:
     device = next(model.parameters()).device
+    give_back(device)
     with peak_memory(device) as peak:
         score = perplexity(model, windows_BL, config.model.autocast, f"{stage} perplexity")
-        return _scored(stage, score) | {metrics.EVAL_PEAK_GIB.key: peak.gib}
+        return _scored(stage, score) | _memory(peak, metrics.EVAL_PEAK_GIB, metrics.EVAL_RESERVED_GIB)
+
+
+def _memory(peak: Peak, allocated: metrics.Metric, reserved: metrics.Metric) -> dict[str, float]:
+    """Both peaks on a GPU; on a CPU the resident memory, as `allocated`."""
+    found = {allocated.key: peak.gib, reserved.key: peak.reserved_gib}
+    return {key: gib for key, gib in found.items() if gib is not None}
 
 
 def _dense(model, weights: dict[str, str], windows_BL: Tensor, config: Config, device, cache: Cache) -> dict[str, Any]:
