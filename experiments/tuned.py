@@ -60,8 +60,14 @@ def _cost(row: Row) -> list[str]:
         number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
         number(row.found(metrics.FIT_PEAK_GIB), 2),
         number(optimizer, 1),
-        str(row.record.environment["device"]),
+        _device(row),
     ]
+
+
+def _device(row: Row) -> str:
+    """Where it ran, and whether layers were run again for their gradients: speed and memory depend on both."""
+    environment = row.record.environment
+    return f"{environment['device']}{', recompute' if environment.get('recompute') else ''}"
 
 
 def page(
@@ -105,7 +111,7 @@ def rising(numbers: Numbers, lines: Sequence[Sequence[str]], over: str, under: s
 
 
 def surely_lower(found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str) -> Outcomes:
-    """`lower` for means over seeds, by more than two standard errors of the difference."""
+    """`lower` for means over seeds, by a paired t test."""
     return {place: surely_below(found.get((place, column)), found.get((place, other))) for place in places}
 
 
