@@ -60,7 +60,7 @@ def claims(found: dict[str, Study], ratios: Sequence[Ratio], section: str) -> li
         Claim("and a lower validation perplexity", None, lower(held_out, [place], one, other)),
     ]
     for r in ratios:
-        numbers = {key: tuned.value(study, r.metric) for key, study in seeded.items()}
+        numbers = tuned.costs(seeded, r.metric)
         low, high = r.low or 0.0, math.inf if r.high is None else r.high
         stated.append(Claim(f"{r.text} ({section})", None, bounded(numbers, [place], r.over, r.under, low, high)))
     return stated

@@ -71,7 +71,7 @@ def _labels(study: Study) -> list[str]:
 def claims(found: Sequence[Study]) -> list[Claim]:
     seeded = {(f"{s.cell['model']} {s.cell['err']:g}", s.cell["mode"]): s for s in found}
     ours = {place: study.perplexity for place, study in seeded.items()}
-    memory = {place: value for place, s in seeded.items() if (value := tuned.value(s, metrics.FIT_PEAK_GIB))}
+    memory = tuned.costs(seeded, metrics.FIT_PEAK_GIB)
     theirs = list(PERPLEXITY)
     models = list(dict.fromkeys(study.cell["model"] for study in found))
 

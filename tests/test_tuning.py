@@ -12,6 +12,7 @@ from experiments.cells import Row, find, fingerprint_of, overrides_of
 from experiments.page import verdict
 from experiments.scales import VOCABULARY
 from experiments.tuning import studies, surely_below, then
+from welore import metrics
 from welore.config import compose, to_config
 from welore.plots import save
 from welore.records import Record
@@ -350,3 +351,21 @@ def test_a_grid_and_its_seeds_run_on_the_tiny_model(tmp_path):
     assert len(rows) == 10 and not any(row.missing for row in rows)
     page = figure4.render(rows)
     assert page.figures and all(line[page.header.index("seeds")] == "3" for line in page.body)
+
+
+def test_costs_are_compared_on_a_device_that_all_modes_share(tmp_path):
+    def study(mode, devices):
+        rows = []
+        for seed, device in enumerate(devices):
+            found = {"fit/tokens_per_second": 100.0 * (seed + 1) if mode == "welore" else 50.0}
+            record = Record("0", "done", {}, found, {"device": device})
+            rows.append(Row({"mode": mode, "mode.lr": 1.0, "seed": seed}, tmp_path, record))
+        return tuning.Study({"mode": mode}, tuple(rows))
+
+    def speeds(ours, theirs):
+        found = {("x", "LRC"): study("welore", ours), ("x", "N-LRC"): study("nlrc", theirs)}
+        return tuned.costs(found, metrics.FIT_TOKENS_PER_SECOND)
+
+    (tmp_path / "history.jsonl").write_text('{"step": 0, "validation/perplexity": 20.0}\n')
+    assert speeds(["a", "b", "b"], ["b", "b", "b"]) == {("x", "LRC"): 200.0, ("x", "N-LRC"): 50.0}
+    assert speeds(["a", "a", "a"], ["b", "b", "b"]) == {("x", "LRC"): None, ("x", "N-LRC"): None}
