@@ -140,9 +140,9 @@ def sure(text: str, found: Found, places: Sequence[str], column: str, other: str
 
 
 def training_picture(labelled: dict[str, Study], title: str):
-    """Loss and validation perplexity by step, tokens per second and trained parameters, of seed 0 at the chosen rate.
+    """Loss and validation perplexity by step, and trained parameters, of seed 0 at the chosen rate; tokens per second.
 
-    None where a study has no run to draw.
+    None where a study has no run to draw; no panel of speeds where the modes ran on different devices.
     """
     firsts = {label: study.first for label, study in labelled.items()}
     if any(study.missing or study.chosen is None for study in labelled.values()):
@@ -151,8 +151,9 @@ def training_picture(labelled: dict[str, Study], title: str):
         "training loss, nats": {k: curve(row.folder, metrics.TRAIN_LOSS.key) for k, row in firsts.items()},
         "validation perplexity": {k: validation_curve(row.folder) for k, row in firsts.items()},
     }
+    speeds = costs({("", k): study for k, study in labelled.items()}, metrics.FIT_TOKENS_PER_SECOND)
     bars = {
-        "training tokens/s": {k: row.found(metrics.FIT_TOKENS_PER_SECOND) for k, row in firsts.items()},
+        "training tokens/s": {k: speeds["", k] for k in firsts},
         "trained parameters, millions": {
             k: _million(row.found(metrics.TRAINABLE_PARAMETERS)) for k, row in firsts.items()
         },
