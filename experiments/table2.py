@@ -41,7 +41,7 @@ def cells(scale: str) -> list[Cell]:
         shared |= {"task": "freebaseqa", "calibration": "wikitext2", "amounts@calibration": "field"}
     else:
         there = local("tasks/triviaqa")
-        shared |= {"task": "triviaqa", "task.limit": 1000} | ({"task.path": str(there)} if there.is_dir() else {})
+        shared |= {"task": "triviaqa", "task.limit": 300} | ({"task.path": str(there)} if there.is_dir() else {})
         shared |= calibrated_on(scale, "c4")
     return [shared | options for options in METHODS.values()]
 
