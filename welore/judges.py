@@ -209,19 +209,27 @@ class OpenAi(Language):
         if not new:
             return
         self._estimate(list(new.values()), title)
-        stop = Event()
-        with ThreadPoolExecutor(self.parallel) as pool:
-            calls = [
-                pool.submit(self._kept, key, cache, partial(self._one, talk, cache, device, stop))
-                for key, talk in new.items()
-            ]
+        stop, failed = Event(), []
+
+        def call(key: str, talk: Messages) -> None:
+            """Once one has failed no other begins, and those that wait for another try give up."""
+            if stop.is_set():
+                return
             try:
-                for call in tqdm(as_completed(calls), title, len(calls), leave=False, unit="judgment"):
-                    call.result()
-            except BaseException:
-                stop.set()  # those who wait to try again; an answer that is under way is still kept
-                pool.shutdown(cancel_futures=True)
-                raise
+                self._kept(key, cache, partial(self._one, talk, cache, device, stop))
+            except Exception as error:
+                failed.append(error)
+                stop.set()
+
+        with ThreadPoolExecutor(self.parallel) as pool:
+            calls = [pool.submit(call, key, talk) for key, talk in new.items()]
+            try:
+                for _ in tqdm(as_completed(calls), title, len(calls), leave=False, unit="judgment"):
+                    pass
+            finally:
+                stop.set()  # where the run is told to end: an answer that is under way is still kept
+        if failed:
+            raise failed[0]
         if self._priced:
             _tell(f"the judge has cost {self.spent:.4f} so far")
 
@@ -236,8 +244,8 @@ class OpenAi(Language):
         if self.max_cost is not None and self.spent + most > self.max_cost:
             raise Refused(
                 f"{asked} may cost {most:.4f} beside {self.spent:.4f} spent, more than "
-                f"judge.max_cost={self.max_cost}. Raise it, lower judge.max_tokens, or ask fewer questions: task.limit "
-                f"or task.per_class."
+                f"judge.max_cost={self.max_cost}. Raise it, lower judge.max_tokens, or ask fewer questions: "
+                f"task.limit or task.per_class."
             )
 
     def _one(self, talk, cache, device, stop: Event | None = None):
