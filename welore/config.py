@@ -16,8 +16,10 @@ from welore import (
     adapters,
     allocate,
     chosen,
+    conversations,
     facts,
     harness,
+    judges,
     loggers,
     models,
     modes,
@@ -29,6 +31,7 @@ from welore import (
     refine,
     rules,
     steppers,
+    summaries,
     svd,
     tasks,
     trainer,
@@ -97,10 +100,15 @@ SCHEMAS = {
     "task/triviaqa": facts.TriviaQa,
     "task/freebaseqa": facts.FreebaseQa,
     "task/lm_eval": harness.Harness,
+    "task/mt_bench": conversations.MtBench,
+    "task/cnn_dailymail": summaries.CnnDailyMail,
     "calibration/package": tasks.PackageCalibration,
     "calibration/hub": tasks.HubCalibration,
     "task/protocol": tasks.Protocol,
     "task/training": tasks.Training,
+    "judge/none": judges.Judge,
+    "judge/openai": judges.OpenAi,
+    "judge/local": judges.Local,
     "trainer": trainer.Trainer,
     "logger/none": loggers.Logger,
     "logger/wandb": loggers.Wandb,
@@ -120,6 +128,7 @@ class Config:
     mode: modes.Mode
     task: tasks.Task
     calibration: tasks.Calibration
+    judge: judges.Judge
     trainer: trainer.Trainer
     logger: loggers.Logger
     err: float | None
@@ -137,6 +146,11 @@ class Config:
             raise Refused(
                 f"mode={self.mode.name} takes the factors of LRCs apart anew, which would fill what prune.where=all "
                 f"has zeroed in them. Write prune.where=nlrc, or another mode."
+            )
+        if self.task.judged and self.mode.trains:
+            raise Refused(
+                f"task={self.task.name} has nothing to train on, and mode={self.mode.name} trains. Write mode=none. "
+                f"To judge a tuned model, tune it on another task with save=true and give its folder: model=FOLDER."
             )
         if isinstance(self.ranks, ranks.Given):
             self.err = self.keep = self.bytes = self.flops = None  # the file is the budget
@@ -173,6 +187,11 @@ class Config:
         return max(self.svd.needs, self.ranks.needs, self.refine.needs, self.prune.needs, predict, refit)
 
     @property
+    def judges(self) -> tuple[judges.Judge, ...]:
+        """Who rates the answers; nobody where the task has right answers of its own."""
+        return (self.judge,) if self.task.judged else ()
+
+    @property
     def asked(self) -> str:
         return "given" if isinstance(self.ranks, ranks.Given) else str(self.budget)
 
@@ -190,7 +209,8 @@ def science(config: Config) -> dict[str, Any]:
     """What a result depends on: the config without its infrastructure, and the content behind its paths.
 
     Local texts count by content, wherever they lie. A run that trains nothing does not depend on how it would have
-    trained, nor on the seed; one that needs no statistics not on the texts that they would have come from.
+    trained, nor on the seed; one that needs no statistics not on the texts that they would have come from; one whose
+    answers nobody judges not on the judge.
     """
     chosen = {key: value for key, value in asdict(config).items() if key not in INFRASTRUCTURE}
     chosen["identity"] = {"model": config.model.identity(), "task": config.task.identity()}
@@ -200,6 +220,9 @@ def science(config: Config) -> dict[str, Any]:
         chosen["identity"]["calibration"] = config.calibration.identity()
     else:
         del chosen["calibration"]
+    del chosen["judge"]
+    for judge in config.judges:
+        chosen["judge"] = judge.science()
     if not config.mode.trains:
         del chosen["task"]["training"], chosen["seed"]
     if isinstance(config.ranks, ranks.Given):

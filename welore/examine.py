@@ -128,34 +128,10 @@ class Exam(Benchmark):
         texts = [f"{item.prompt} {item.answer}" for item in items]
         return [ids[:start] for ids, start in encode(self.tokenizer, prompts, texts, self.sitting.special)]
 
-    @torch.no_grad()
     def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[str]:
-        prompts, device = self.prompts(items), next(model.parameters()).device
-        pad = padding(self.tokenizer)
-        greedy = GenerationConfig(
-            max_new_tokens=self.sitting.new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
-        written = [""] * len(items)
-        for places in _passes(prompts, self.sitting.batch, f"{stage} answers"):
-            length = max(len(prompts[place]) for place in places)
-            ids_BL = torch.full((len(places), length), pad)
-            real_BL = torch.zeros(len(places), length, dtype=torch.long)
-            for row, place in enumerate(places):
-                ids_BL[row, length - len(prompts[place]) :] = torch.tensor(prompts[place])
-                real_BL[row, length - len(prompts[place]) :] = 1
-            with autocast(device, dtype):
-                out_BL = model.generate(
-                    input_ids=ids_BL.to(device), attention_mask=real_BL.to(device), generation_config=greedy
-                )
-            new = self.tokenizer.batch_decode(out_BL[:, length:], skip_special_tokens=True)
-            for place, text in zip(places, new, strict=True):
-                written[place] = text
-        return written
+        prompts, sitting, ends = self.prompts(items), self.sitting, self.tokenizer.eos_token_id
+        title = f"{stage} answers"
+        return write_greedily(model, self.tokenizer, prompts, sitting.batch, sitting.new_tokens, ends, dtype, title)
 
     @torch.no_grad()
     def _likelihoods(self, model, dtype, items: list[Item], stage: str) -> list[dict[str, float]]:
@@ -191,6 +167,45 @@ class Exam(Benchmark):
                 positions = torch.arange(start - 1, start - 1 + len(targets)) - first
                 log_p_LV = logits_BLV[row][positions].float().log_softmax(-1)
                 found[item][option] = float(log_p_LV[torch.arange(len(targets)), targets].sum())
+
+
+@torch.no_grad()
+def write_greedily(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    batch: int,
+    new_tokens: int,
+    ends: int | list[int] | None,
+    dtype: str | None,
+    title: str,
+) -> list[str]:
+    """What the model writes after each prompt, up to one of the tokens `ends` and without special tokens."""
+    device, pad = next(model.parameters()).device, padding(tokenizer)
+    greedy = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=ends,
+    )
+    written = [""] * len(prompts)
+    for places in _passes(prompts, batch, title):
+        length = max(len(prompts[place]) for place in places)
+        ids_BL = torch.full((len(places), length), pad)
+        real_BL = torch.zeros(len(places), length, dtype=torch.long)
+        for row, place in enumerate(places):
+            ids_BL[row, length - len(prompts[place]) :] = torch.tensor(prompts[place])
+            real_BL[row, length - len(prompts[place]) :] = 1
+        with autocast(device, dtype):
+            out_BL = model.generate(
+                input_ids=ids_BL.to(device), attention_mask=real_BL.to(device), generation_config=greedy
+            )
+        new = tokenizer.batch_decode(out_BL[:, length:], skip_special_tokens=True)
+        for place, text in zip(places, new, strict=True):
+            written[place] = text
+    return written
 
 
 def _passes(sequences: Sequence[Sequence[int]], batch: int, title: str) -> Iterator[list[int]]:

@@ -71,6 +71,13 @@ EVAL_QUESTIONS_PER_SECOND = Metric("eval/questions_per_second", "questions/s", 2
 EVAL_CHANCE = Metric("eval/chance", "share of the most frequent right answer", 4)
 EVAL_UNPARSED = Metric("eval/unparsed", "unparsed answers", 0, "lower")
 
+# Of answers that a judge rates from 1 to 10: the mean of its ratings, and how many could be read and could not.
+DENSE_SCORE = Metric("dense/score", "dense score, of 10", 2, "higher")
+COMPRESSED_SCORE = Metric("compressed/score", "compressed score, of 10", 2, "higher")
+COMPRESSED_JUDGED = Metric("compressed/judged", "ratings", 0, "higher")
+COMPRESSED_UNJUDGED = Metric("compressed/unjudged", "ratings that could not be read", 0, "lower")
+COMPRESSED_ROUGE_L = Metric("compressed/rouge_l", "ROUGE-L", 4, "higher")
+
 EVAL_TOKENS = Metric("eval/tokens", "test tokens", 0)
 EVAL_TOKENS_PER_SECOND = Metric("eval/tokens_per_second", "evaluation tokens/s", 1, "higher")
 DENSE_EVAL_TOKENS_PER_SECOND = Metric("dense/tokens_per_second", "dense evaluation tokens/s", 1, "higher")

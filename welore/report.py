@@ -82,11 +82,17 @@ STAGES = ("dense", "compressed", "tuned")
 
 
 def _scores(found: dict[str, Any]) -> list[str]:
-    """What the benchmark measures, by stage: perplexity, or the accuracy of written answers and of options."""
+    """What the benchmark measures, by stage: perplexity, accuracy by what was written or likely, or ratings."""
     harness = sorted(key.removeprefix("dense/") for key in found if key.startswith("dense/lm_eval/"))
     if harness:
         shown = [key for key in harness if "stderr" not in key]
         return [_row(key[8:], [number(found.get(f"{stage}/{key}"), 4) for stage in STAGES]) for key in shown]
+    if "dense/empty" in found:
+        shown = sorted(key[6:] for key in found if key.startswith(("dense/score", "dense/rouge")))
+        shown += [key for key in ("judged", "unjudged", "empty") if f"dense/{key}" in found]
+        return [
+            _row(key.replace("/", " "), [_rated(found.get(f"{stage}/{key}")) for stage in STAGES]) for key in shown
+        ]
     if metrics.EVAL_EXAMPLES.key not in found:
         return [_row("perplexity", [_perplexity(found, stage) for stage in STAGES])]
     lines = {"accuracy": "", "by likelihood": "option_"}
@@ -101,6 +107,11 @@ def _accuracy(found: dict[str, Any], stage: str, prefix: str) -> str:
         return "—"
     share = 100 * found[f"{stage}/{prefix}accuracy"]
     return f"{share:.1f} % ({found[f'{stage}/{prefix}correct']})"
+
+
+def _rated(value: float | int | None) -> str:
+    """A count as it is, a rating or a share with its digits."""
+    return number(value, 0 if isinstance(value, int) else 3)
 
 
 def _perplexity(found: dict[str, Any], stage: str) -> str:

@@ -87,7 +87,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
 
     announce(f"load {config.model.name}")
     model, tokenizer = config.model.load(cache.folder)
-    benchmark = config.task.benchmark(tokenizer, cache)
+    benchmark = config.task.benchmark(tokenizer, cache, *config.judges)
     _check_positions(model, config, benchmark)
     weights = weight_digests(model)
     model.to(device)

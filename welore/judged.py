@@ -1,0 +1,198 @@
+"""Tasks without right answers: a judge rates what a model writes, from 1 to 10."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from welore import metrics
+from welore.batches import Rows
+from welore.cache import Cache, digest
+from welore.chat import conversation, longest, replies, said
+from welore.compress import weight_digests
+from welore.errors import Refused
+from welore.evaluate import Benchmark, Outcome
+from welore.judges import Judge, Judgment, Request
+from welore.questions import question_files
+from welore.tasks import Task
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a user says in each turn, the category it counts in, and a reference for each answer, if there are some."""
+
+    name: str
+    category: str
+    turns: tuple[str, ...]
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """By case and turn: the whole prompt, and what the model wrote. `seconds` is what it took."""
+
+    prompts: list[list[str]]
+    answers: list[list[str]]
+    seconds: float
+
+
+@dataclass
+class Judged(Task):
+    """A task whose answers, of at most `new_tokens` tokens each and `batch` at a time, go to a judge."""
+
+    judged: ClassVar[bool] = True
+    what: ClassVar[str]  # a case of it is
+    batch: int
+    new_tokens: int
+
+    def __post_init__(self):
+        self._at_least(batch=1, new_tokens=1)
+
+    def _at_least(self, **least: int) -> None:
+        for key, smallest in least.items():
+            value = getattr(self, key)
+            if value is not None and value < smallest:
+                raise Refused(f"task.{key}={value} asks nothing. Write {smallest} or more.")
+
+    def cases(self) -> list[Case]:
+        raise NotImplementedError
+
+    def requests(self, case: Case, answers: Sequence[str]) -> list[Request]:
+        """What the judge is asked about one case."""
+        raise NotImplementedError
+
+    def measures(self, cases: Sequence[Case], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+        """What can be said of the answers without a judge."""
+        return {}
+
+    def benchmark(self, tokenizer: Any, cache: Cache, judge: Judge) -> "Hearing":
+        judge.prepare()
+        return Hearing(self, tokenizer, cache, judge)
+
+    def rows(self, *args, **options) -> Rows:
+        raise Refused(f"task={self.name} has nothing to train on. Write mode=none.")
+
+    def identity(self) -> str:
+        if self.path is None:
+            return ""
+        files = question_files(Path(self.path))
+        return digest(*(part for file in files for part in (file.name, file.read_bytes())))
+
+    def source(self) -> str:
+        return f"task.path={self.path}" if self.path else f"{self.repo} on the hub"
+
+
+class Hearing(Benchmark):
+    """Models write answers, and a judge rates them. Neither is done twice, even where a run is killed in between."""
+
+    def __init__(self, task: Judged, tokenizer: Any, cache: Cache, judge: Judge):
+        self.task, self.tokenizer, self.cache, self.judge = task, tokenizer, cache, judge
+        self.cases = task.cases()
+        turns = max(len(case.turns) for case in self.cases)
+        self.title = f"{task.name}: {len(self.cases)} {task.what}, greedy, {judge.title()}"
+        # The last prompt of each conversation, whose earlier answers may be as long as its last one.
+        whole = [conversation(tokenizer, _talk(case, [""] * (len(case.turns) - 1))) for case in self.cases]
+        self.longest = longest(tokenizer, whole) + turns * task.new_tokens
+        self.longest_key = (
+            f"the longest of the {task.what} with its answers (task.new_tokens={task.new_tokens}): tokens"
+        )
+
+    @property
+    def identity(self) -> tuple[str | bytes, ...]:
+        blank = [self.task.requests(case, [""] * len(case.turns)) for case in self.cases]
+        asked = [request.messages for requests in blank for request in requests]
+        return f"{self.title} {self._how()}", json.dumps(self.judge.science()), json.dumps(asked)
+
+    def _how(self) -> str:
+        """What the answers depend on beside the model: the batch too, for sums differ by their padding."""
+        cases = digest(json.dumps([asdict(case) for case in self.cases]), self.tokenizer.chat_template or "")
+        return f"{cases} {self.task.batch} {self.task.new_tokens}"
+
+    def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
+        written = self._written(model, dtype, stage)
+        pairs = list(zip(self.cases, written.answers, strict=True))
+        found = {"empty": sum(not answer for answers in written.answers for answer in answers)}
+        found |= self.task.measures(self.cases, written.answers)
+        lines = [
+            {"name": case.name, "category": case.category, "prompts": prompts, "written": answers}
+            for prompts, (case, answers) in zip(written.prompts, pairs, strict=True)
+        ]
+        if self.judge.judges:
+            requests = [(place, r) for place, pair in enumerate(pairs) for r in self.task.requests(*pair)]
+            device = next(model.parameters()).device
+            asked = [request for _, request in requests]
+            judgments = self.judge.judgments(asked, self.cache, device, f"{stage} judgments")
+            found |= counted([self.cases[place].category for place, _ in requests], asked, judgments)
+            for (place, request), judgment in zip(requests, judgments, strict=True):
+                lines[place].setdefault("judgments", []).append({"asked": request.messages} | asdict(judgment))
+        rate = len(self.cases) / written.seconds
+        return Outcome(
+            found, {metrics.EVAL_EXAMPLES.key: len(pairs), metrics.EVAL_QUESTIONS_PER_SECOND.key: rate}, lines
+        )
+
+    def _written(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Written:
+        """Kept by the weights: a judge that fails, or another judge, finds the very same answers."""
+        weights = (part for item in weight_digests(model).items() for part in item)
+        device = next(model.parameters()).device
+        place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        key = digest(*weights, model.config.to_json_string(), f"{dtype} {place} {self._how()}")
+
+        def make() -> Written:
+            return self._converse(model, dtype, stage)
+
+        def read(path: Path) -> Written:
+            return Written(**json.loads(path.read_text()))
+
+        def write(written: Written, path: Path) -> None:
+            path.write_text(json.dumps(asdict(written)))
+
+        return self.cache.get("answers", key, read, write, make)
+
+    def _converse(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Written:
+        """Turn by turn; each sees the answers of the turns before."""
+        started = time.perf_counter()
+        prompts: list[list[str]] = [[] for _ in self.cases]
+        answers: list[list[str]] = [[] for _ in self.cases]
+        for turn in range(max(len(case.turns) for case in self.cases)):
+            places = [place for place, case in enumerate(self.cases) if turn < len(case.turns)]
+            asked = [conversation(self.tokenizer, _talk(self.cases[place], answers[place])) for place in places]
+            title = f"{stage} answers, turn {turn + 1}"
+            new = replies(model, self.tokenizer, asked, self.task.batch, self.task.new_tokens, dtype, title)
+            for place, prompt, answer in zip(places, asked, new, strict=True):
+                prompts[place].append(prompt)
+                answers[place].append(answer)
+        return Written(prompts, answers, time.perf_counter() - started)
+
+
+def _talk(case: Case, answers: Sequence[str]) -> list[dict[str, str]]:
+    """The conversation up to the turn that follows the answers."""
+    talk = []
+    for turn, answer in zip(case.turns, answers, strict=False):
+        talk += [said("user", turn), said("assistant", answer)]
+    return [*talk, said("user", case.turns[len(answers)])]
+
+
+def counted(
+    categories: Sequence[str], requests: Sequence[Request], judgments: Sequence[Judgment]
+) -> dict[str, float | int | None]:
+    """The mean of all ratings that could be read, also by category and by aspect; how many could and could not."""
+    ratings: list[tuple[str, str, float]] = []
+    unjudged = 0
+    for category, request, judgment in zip(categories, requests, judgments, strict=True):
+        if judgment.ratings is None:
+            unjudged += len(request.aspects)
+            continue
+        ratings += [(category, aspect, judgment.ratings[aspect]) for aspect in request.aspects]
+    found: dict[str, Any] = {"judged": len(ratings), "unjudged": unjudged}
+    found["score"] = fmean(value for *_, value in ratings) if ratings else None
+    aspects = dict.fromkeys(aspect for request in requests for aspect in request.aspects)
+    for name in (*aspects, *dict.fromkeys(categories)):
+        values = [value for category, aspect, value in ratings if name in (category, aspect)]
+        found[f"score/{name}"] = fmean(values) if values else None
+    return found
