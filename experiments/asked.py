@@ -17,9 +17,11 @@ from welore.report import number
 COLUMNS = ["ours, %", "right / asked", "95 %", "by likelihood, %", "unparsed", "on training questions, %"]
 COLUMNS += ["untuned, %", "dense, %", "seeds", "learning rate", "best at the edge", "trained", "flag"]
 NOTES = [
-    "every test question counts: an answer that cannot be read is wrong. 95 %: Wilson's interval over all seeds",
+    "every test question counts: an answer that cannot be read is wrong. 95 %: Wilson's interval of the mean share, "
+    "for the number of questions, which all seeds answer; ±: standard error over seeds",
     "learning rate: the one with the least validation perplexity at the end, on seed 0; the other seeds run at it",
-    "did not train: diverged, or by the written answers no better than the most frequent answer (binomial, p > 0.05)",
+    "did not train: diverged, no better than the most frequent answer (binomial, p > 0.05), or than untuned; "
+    "where the better of two modes did not train, nothing can be said of them",
 ]
 SURE = 0.05
 
@@ -39,23 +41,22 @@ def _share(row: Row) -> float:
     return 0.0 if row.diverged else row.number(metrics.TUNED_ACCURACY)
 
 
-def counts(study: Study) -> tuple[int, int]:
-    """Right answers and questions, over all seeds."""
-    rows = [row for row in study.runs if row.record]
-    return (
-        sum(row.number(metrics.TUNED_CORRECT) for row in rows),
-        sum(row.number(metrics.EVAL_EXAMPLES) for row in rows),
-    )
-
-
 def flag(study: Study) -> str:
-    if not study.runs:
+    """`did not train` and why, with the number of seeds where not all of them say so."""
+    reasons = [reason for row in study.runs if (reason := _failing(row))]
+    if not reasons:
         return ""
-    if any(row.diverged for row in study.runs):
-        return "did not train: diverged"
-    right, asked = counts(study)
-    chance = study.runs[0].number(metrics.EVAL_CHANCE)
-    return "" if above_chance(right, asked, chance) < SURE else f"did not train: at chance ({100 * chance:.1f} %)"
+    share = "" if len(reasons) == len(study.runs) else f", {len(reasons)} of {len(study.runs)} seeds"
+    return f"did not train: {', '.join(dict.fromkeys(reasons))}{share}"
+
+
+def _failing(row: Row) -> str | None:
+    if row.diverged:
+        return "diverged"
+    chance = row.number(metrics.EVAL_CHANCE)
+    if above_chance(row.number(metrics.TUNED_CORRECT), row.number(metrics.EVAL_EXAMPLES), chance) >= SURE:
+        return f"at chance ({100 * chance:.1f} %)"
+    return "no better than untuned" if _share(row) <= (row.found(metrics.COMPRESSED_ACCURACY) or 0) else None
 
 
 def values(study: Study) -> list[str]:
@@ -65,14 +66,15 @@ def values(study: Study) -> list[str]:
     done = [row for row in study.runs if row.record]
     if not done:
         return ["diverged", *["—"] * (len(COLUMNS) - 2), flag(study)]
-    right, asked = counts(study)
-    low, high = wilson(right, asked)
+    questions = done[0].number(metrics.EVAL_EXAMPLES)
+    # The seeds answer the same questions: they say how much training varies, not how much questions do.
+    low, high = wilson(mean(_share(row) for row in study.runs) * questions, questions)
     first, shares = done[0], [100 * _share(row) for row in study.runs]
     error = f" ± {stdev(shares) / math.sqrt(len(shares)):.1f}" if len(shares) > 1 else ""
     chosen = "—" if study.chosen is None else f"{study.chosen:g}"
     return [
         f"{mean(shares):.1f}{error}",
-        f"{right} / {asked}",
+        f"{', '.join(str(row.number(metrics.TUNED_CORRECT)) for row in done)} / {questions}",
         f"{100 * low:.1f} to {100 * high:.1f}",
         percent(_mean(done, metrics.TUNED_OPTION_ACCURACY)),
         str(sum(row.number(metrics.TUNED_UNPARSED) for row in done)),
@@ -97,28 +99,33 @@ def percent(share: float | None) -> str:
 
 
 def higher(found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str) -> Outcomes:
-    """Whether the mean accuracy of `column` lies above that of `other`, at each place."""
+    """Whether the mean accuracy of `column` lies above that of `other`; None where the better one did not train."""
     outcomes: Outcomes = {}
     for place in places:
-        ours, theirs = accuracy(found.get((place, column))), accuracy(found.get((place, other)))
-        outcomes[place] = None if None in (ours, theirs) else ours > theirs
+        pair = found.get((place, column)), found.get((place, other))
+        ours, theirs = map(accuracy, pair)
+        known = None not in (ours, theirs) and not flag(pair[0] if ours > theirs else pair[1])
+        outcomes[place] = ours > theirs if known else None
     return outcomes
 
 
 def surely_higher(found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str) -> Outcomes:
-    """The same, where besides McNemar's test on the answers of seed 0 says that they differ (p < 0.05)."""
+    """The same, where besides seed 0 has more right answers, and more than chance can tell (McNemar, p < 0.05)."""
     above = higher(found, places, column, other)
     return {
-        place: outcome and _differ(found[place, column], found[place, other]) if outcome else outcome
+        place: outcome and _surely_more(found[place, column], found[place, other]) if outcome else outcome
         for place, outcome in above.items()
     }
 
 
-def _differ(ours: Study, theirs: Study) -> bool | None:
-    pairs = [verdicts(study.first.folder) for study in (ours, theirs) if study.first is not None]
-    if len(pairs) < 2 or len(pairs[0]) != len(pairs[1]) or not pairs[0]:
+def _surely_more(ours: Study, theirs: Study) -> bool | None:
+    rows = [row for study in (ours, theirs) for row in study.runs if row.record and row.cell["seed"] == 0]
+    if len(rows) < 2:
         return None
-    return mcnemar(*pairs) < SURE
+    one, two = (verdicts(row.folder) for row in rows)
+    if len(one) != len(two) or not one:
+        return None
+    return sum(one) > sum(two) and mcnemar(one, two) < SURE
 
 
 def verdicts(folder: Path, stage: str = "tuned") -> list[bool]:

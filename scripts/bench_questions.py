@@ -29,9 +29,9 @@ def sample(items: list, count: int) -> list:
     return [ordered[round(place * (len(ordered) - 1) / max(1, count - 1))] for place in range(min(count, len(items)))]
 
 
-def timed(exam: Exam, model) -> tuple[float, list[dict]]:
+def timed(exam: Exam, model, dtype: str | None) -> tuple[float, list[dict]]:
     start = time.perf_counter()
-    answers = exam.measure(model, None, "bench").answers
+    answers = exam.measure(model, dtype, "bench").answers
     return len(answers) / (time.perf_counter() - start), answers
 
 
@@ -62,19 +62,23 @@ def main() -> None:
         f"batches of {arguments.batch}, likelihood": ways(arguments.batch, "likelihood"),
         f"batches of {arguments.batch}, written": ways(arguments.batch, "written"),
     }
-    timed(ways(arguments.batch, "likelihood"), model)  # a warm-up
+    dtype = config.model.autocast
+    timed(ways(arguments.batch, "likelihood"), model, dtype)  # a warm-up
     rates: dict[str, list[float]] = {name: [] for name in exams}
     answers = {}
     for _ in range(arguments.rounds):
         for name, exam in exams.items():
-            rate, answers[name] = timed(exam, model)
+            rate, answers[name] = timed(exam, model, dtype)
             rates[name].append(rate)
     found = {name: median(values) for name, values in rates.items()}
-    first, one, many, _ = exams
-    same = sum(a["option"] == b["option"] for a, b in zip(answers[one], answers[many], strict=True))
+    first, one, many, together = exams
+    same = {
+        kind: sum(a[kind] == b[kind] for a, b in zip(answers[single], answers[batched], strict=True))
+        for kind, single, batched in (("option", one, many), ("verdict", first, together))
+    }
     for name, rate in found.items():
         print(f"{name:32}{rate:8.2f} questions/s   {rate / found[first]:5.2f} x {first}")
-    print(f"verdicts of single questions and of batches agree: {same} of {len(items)}")
+    print(f"verdicts of single questions and of batches agree, of {len(items)}: {same}")
     lengths = [len(ids) for ids in asked.prompts(items)]
     print(f"{len(items)} questions of {min(lengths)} to {max(lengths)} tokens, median {median(lengths):g}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

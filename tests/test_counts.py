@@ -1,5 +1,6 @@
 import math
 import random
+from fractions import Fraction
 from itertools import product
 
 import pytest
@@ -39,6 +40,16 @@ def test_two_methods_with_the_same_answers_do_not_differ():
 def test_the_chance_of_guessing_sums_to_one():
     assert above_chance(0, 12, 0.3) == pytest.approx(1.0)
     assert above_chance(2, 2, 0.5) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 5), (60, 100), (1700, 3270), (5000, 9810)])
+def test_the_chance_of_guessing_is_exact_for_any_number_of_questions(k, n):
+    exact = Fraction(sum(math.comb(n, i) for i in range(k, n + 1)), 2**n)
+    assert above_chance(k, n, 0.5) == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_nobody_is_above_a_certain_guess():
+    assert above_chance(3, 3, 1.0) == 1.0 and above_chance(1, 3, 0.0) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_answers_without_options_have_no_likelihood(model, tokenizer):
 def test_the_model_may_not_sample_whatever_its_defaults_say(model, tokenizer):
     plain = exam(tokenizer, scoring="written").measure(model, None, "x").answers
     model.generation_config.do_sample, model.generation_config.temperature = True, 5.0
+    model.generation_config.repetition_penalty, model.generation_config.suppress_tokens = 9.0, list(range(100, 300))
     for seed in range(3):
         torch.manual_seed(seed)
         assert exam(tokenizer, scoring="written").measure(model, None, "x").answers == plain

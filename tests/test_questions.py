@@ -113,6 +113,16 @@ def test_answer_only_training_scores_the_answer_and_its_end_alone(task, tmp_path
     assert whole.scored(torch.tensor([0])) == whole.lengths_B[0] - 1
 
 
+def test_chat_training_ends_the_turn(task, tmp_path, tokenizer, cache, monkeypatch):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    path = written(RECORDS["coinflip"][0], tmp_path)
+    coins = task("coinflip", f"task.path={path}", "task.sizes=null", "task.style=chat", "task.scored=answer")
+    batch = coins.rows(tokenizer, cache, 0).batch(torch.tensor([0]))
+    scored = batch["ids_BL"][0][batch["labels_BL"][0] != IGNORED]
+    assert tokenizer.decode(scored) == f" no.{tokenizer.eos_token}" and scored[-1] == tokenizer.eos_token_id
+
+
 def test_questions_longer_than_a_row_are_left_out_of_training_and_said(task, tmp_path, tokenizer, cache, capsys):
     records = {"examples": [{"question": "a b " * (1 + 40 * (n % 2)), "answer": "yes"} for n in range(20)]}
     coins = task("coinflip", f"task.path={written(records, tmp_path)}", "task.sizes=null", "task.training.length=200")

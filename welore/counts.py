@@ -6,7 +6,7 @@ from collections.abc import Sequence
 Z = 1.959964  # 95 %
 
 
-def wilson(k: int, n: int, z: float = Z) -> tuple[float, float]:
+def wilson(k: float, n: int, z: float = Z) -> tuple[float, float]:
     """The interval of a share of which k of n were seen (Wilson's score interval); (0, 1) where n is 0."""
     if n == 0:
         return 0.0, 1.0
@@ -30,7 +30,14 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
 
 def above_chance(k: int, n: int, chance: float) -> float:
     """The p-value of k or more of n right by guessing, each right with probability `chance`."""
-    return sum(math.comb(n, i) * chance**i * (1 - chance) ** (n - i) for i in range(k, n + 1))
+    if k <= 0 or chance >= 1:
+        return 1.0
+    if chance <= 0:
+        return 0.0
+    # In logarithms: the number of ways to be right has hundreds of digits.
+    ways = (math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(k, n + 1))
+    logs = (way + i * math.log(chance) + (n - i) * math.log1p(-chance) for i, way in enumerate(ways, k))
+    return min(1.0, math.fsum(map(math.exp, logs)))
 
 
 def is_possible(percent: str, n: int) -> bool:

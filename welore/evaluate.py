@@ -109,11 +109,14 @@ def float32_logits(model: PreTrainedModel) -> Iterator[None]:
         with torch.autocast(hidden.device.type, enabled=False):
             return nn.functional.linear(hidden.float(), weight, bias)
 
+    before = vars(head).get("forward")
     head.forward = forward
     try:
         yield
     finally:
         del head.forward  # the one of the class shows again
+        if before is not None:
+            head.forward = before
 
 
 def _hidden(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -54,12 +55,14 @@ def encode(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], special
         return []
     encoded = tokenizer([*prompts, *texts], add_special_tokens=special, verbose=False)["input_ids"]
     pairs = zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True)
-    return [(_without_end(text, tokenizer), _shared(_without_end(prompt, tokenizer), text)) for prompt, text in pairs]
+    # Some tokenizers end every text of their own accord, and an answer would begin after its end.
+    ending = tokenizer.eos_token_id if special else None
+    without = [(_without(prompt, ending), _without(text, ending)) for prompt, text in pairs]
+    return [(text, _shared(prompt, text)) for prompt, text in without]
 
 
-def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """Some tokenizers end every text, and an answer would begin after its end."""
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def _without(ids: list[int], ending: int | None) -> list[int]:
+    return ids[:-1] if len(ids) > 1 and ids[-1] == ending else ids
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
@@ -86,8 +89,8 @@ class Exam(Benchmark):
     @property
     def identity(self) -> tuple[str | bytes, ...]:
         sitting = self.sitting
-        how = f"{self.title} {sitting.special} {sitting.new_tokens} {sitting.scoring}"
-        return how, json.dumps([astuple(item) for item in self.items])
+        how = f"{self.title} {sitting.special} {sitting.new_tokens} {sitting.scoring} {sitting.batch}"
+        return how, json.dumps([astuple(item) for item in self.items]), json.dumps(self.prompts(self.items))
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         started = time.perf_counter()
@@ -123,10 +126,19 @@ class Exam(Benchmark):
         return answers
 
     def prompts(self, items: Sequence[Item]) -> list[list[int]]:
-        prompts = [item.prompt for item in items]
-        # Up to where the right answer begins in training, which may be before the end of the prompt's own tokens.
-        texts = [f"{item.prompt} {item.answer}" for item in items]
-        return [ids[:start] for ids, start in encode(self.tokenizer, prompts, texts, self.sitting.special)]
+        """Up to where an answer begins in training, which may be before the end of the prompt's own tokens.
+
+        The same for every option, or the place would tell which is right.
+        """
+        pairs = [(place, answer) for place, item in enumerate(items) for answer in item.options or (item.answer,)]
+        prompts = [items[place].prompt for place, _ in pairs]
+        texts = [f"{items[place].prompt} {answer}" for place, answer in pairs]
+        encoded = encode(self.tokenizer, prompts, texts, self.sitting.special)
+        shortest: dict[int, list[int]] = {}
+        for (place, _), (ids, start) in zip(pairs, encoded, strict=True):
+            if place not in shortest or start < len(shortest[place]):
+                shortest[place] = ids[:start]
+        return [shortest[place] for place in range(len(items))]
 
     def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[str]:
         prompts, sitting, ends = self.prompts(items), self.sitting, self.tokenizer.eos_token_id
@@ -198,7 +210,7 @@ def write_greedily(
         for row, place in enumerate(places):
             ids_BL[row, length - len(prompts[place]) :] = torch.tensor(prompts[place])
             real_BL[row, length - len(prompts[place]) :] = 1
-        with autocast(device, dtype):
+        with autocast(device, dtype), _defaults(model, greedy):
             out_BL = model.generate(
                 input_ids=ids_BL.to(device), attention_mask=real_BL.to(device), generation_config=greedy
             )
@@ -206,6 +218,16 @@ def write_greedily(
         for place, text in zip(places, new, strict=True):
             written[place] = text
     return written
+
+
+@contextmanager
+def _defaults(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """The model's own defaults would fill what `config` leaves open: a repetition penalty, suppressed tokens."""
+    before, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _passes(sequences: Sequence[Sequence[int]], batch: int, title: str) -> Iterator[list[int]]:

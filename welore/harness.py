@@ -15,7 +15,7 @@ from welore import metrics
 from welore.batches import Rows
 from welore.cache import Cache, digest
 from welore.errors import Refused
-from welore.evaluate import Benchmark, Outcome, autocast
+from welore.evaluate import Benchmark, Outcome, float32_logits
 from welore.tasks import Task
 
 PACKAGE = "lm_eval"
@@ -25,7 +25,8 @@ PACKAGE = "lm_eval"
 class Harness(Task):
     """`tasks` of the harness, `limit` questions of each (null for all), `shots` before each (null for the task's own).
 
-    `path` is a folder with task files of your own.
+    `path` is a folder with task files of your own; what they read should lie in it too, since its content is part of
+    the identity of a run.
     """
 
     tasks: list[str]
@@ -77,16 +78,23 @@ class HarnessRun(Benchmark):
     def identity(self) -> tuple[str | bytes, ...]:
         from importlib.metadata import version
 
-        return f"{self.title} {version('lm-eval')}", self.task.identity()
+        return f"{self.title} {version('lm-eval')} batch {self.task.batch}", self.task.identity()
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        wrapped = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.task.batch)
+        # The harness opens an autocast of its own, which ends one around it.
+        wrapped = HFLM(
+            pretrained=model,
+            tokenizer=self.tokenizer,
+            batch_size=self.task.batch,
+            mixed_precision_dtype=dtype,
+            softmax_dtype="float32",
+        )
         started = time.perf_counter()
-        with autocast(next(model.parameters()).device, dtype):
+        with float32_logits(model):
             found = simple_evaluate(
                 wrapped,
                 tasks=list(self.task.tasks),

@@ -1,0 +1,69 @@
+"""When a mode counts as trained on questions, and when one counts as better than another."""
+
+import json
+
+import pytest
+
+from experiments import asked
+from experiments.cells import Row
+from experiments.tuning import Study
+from welore.records import Record
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A function of right answers of 150 by seed (None: diverged) to a study of one learning rate; answers 0 to n."""
+
+    def study(name, *rights, untuned=0.0, first=0):
+        rows = []
+        for seed, right in enumerate(rights, first):
+            folder = tmp_path / f"{name}-{seed}"
+            folder.mkdir()
+            (folder / "history.jsonl").write_text('{"step": 0, "validation/perplexity": 2.0}\n')
+            cell = {"mode": name, "mode.lr": 1.0, "seed": seed}
+            if right is None:
+                rows.append(Row(cell, folder, diverged=True))
+                continue
+            lines = [{"verdict": "right" if place < right else "wrong"} for place in range(150)]
+            (folder / "answers-tuned.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            found = {"tuned/accuracy": right / 150, "tuned/correct": right, "eval/examples": 150, "eval/chance": 0.52}
+            rows.append(Row(cell, folder, Record("0", "done", {}, found | {"compressed/accuracy": untuned})))
+        return Study({"mode": name}, tuple(rows))
+
+    return study
+
+
+def test_seeds_on_the_same_questions_are_not_more_questions(study):
+    """90 of 150 is no proof (p = 0.03 would need 92); 270 of 450 would be."""
+    assert asked.flag(study("a", 88, 88, 88)) == "did not train: at chance (52.0 %)"
+    assert asked.flag(study("b", 140, 88, 140)) == "did not train: at chance (52.0 %), 1 of 3 seeds"
+    assert asked.flag(study("c", 140, 139, 141)) == ""
+
+
+def test_a_mode_that_diverged_or_made_nothing_better_did_not_train(study):
+    assert asked.flag(study("a", 140, None)) == "did not train: diverged, 1 of 2 seeds"
+    assert asked.flag(study("b", 120, untuned=0.9)) == "did not train: no better than untuned"
+
+
+def outcomes(ours, theirs):
+    found = {("x", "ours"): ours, ("x", "theirs"): theirs}
+    return asked.higher(found, ["x"], "ours", "theirs")["x"], asked.surely_higher(found, ["x"], "ours", "theirs")["x"]
+
+
+def test_a_better_mode_is_surely_better_where_seed_0_says_so_too(study):
+    assert outcomes(study("a", 140, 141, 142), study("b", 110, 111, 112)) == (True, True)
+    assert outcomes(study("c", 112, 111, 113), study("d", 110, 112, 110)) == (True, False)
+
+
+def test_a_mean_that_seed_0_contradicts_is_not_sure(study):
+    assert outcomes(study("a", 110, 149, 149), study("b", 149, 100, 100)) == (True, False)
+
+
+def test_nothing_is_said_where_the_better_one_did_not_train(study):
+    assert outcomes(study("a", 80), study("b", 70)) == (None, None)
+    assert outcomes(study("c", 70), study("d", 80)) == (None, None)
+    assert outcomes(study("e", 70), study("f", 140)) == (False, False)
+
+
+def test_without_seed_0_on_both_sides_no_test_is_made(study):
+    assert outcomes(study("a", 140, 141), study("b", None, 110, 112)) == (True, None)
