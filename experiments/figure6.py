@@ -14,7 +14,7 @@ from experiments.cells import Cell, Row
 from experiments.compare import measured
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, calibrated_on, questions
-from experiments.tuned import Numbers, bounded, lower, training_picture
+from experiments.tuned import bounded, lower, training_picture
 from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
 from welore import metrics
 from welore.report import number
@@ -50,24 +50,21 @@ def claims(found: dict[str, Study]) -> list[Claim]:
     place = f"err {ERR:g}"
     seeded = {(place, mode): study for mode, study in found.items()}
 
-    def numbers(metric: metrics.Metric) -> Numbers:
-        return {key: tuned.value(study, metric) for key, study in seeded.items()}
-
     return [
         Claim(
             "WeLore has a higher throughput than LoRA (Section 4.2, 3)",
             None,
-            lower(numbers(metrics.FIT_TOKENS_PER_SECOND), [place], "lora", "welore"),
+            lower(tuned.costs(seeded, metrics.FIT_TOKENS_PER_SECOND), [place], "lora", "welore"),
         ),
         Claim(
             "WeLore needs less memory than full tuning (Section 4.2, 3)",
             None,
-            lower(numbers(metrics.FIT_PEAK_GIB), [place], "welore", "full"),
+            lower(tuned.costs(seeded, metrics.FIT_PEAK_GIB), [place], "welore", "full"),
         ),
         Claim(
             "WeLore's memory is close to LoRA's, at most 1.2 of it (Section 4.2, 3)",
             None,
-            bounded(numbers(metrics.FIT_PEAK_GIB), [place], "welore", "lora", 0.0, 1.2),
+            bounded(tuned.costs(seeded, metrics.FIT_PEAK_GIB), [place], "welore", "lora", 0.0, 1.2),
         ),
         Claim("WeLore answers more questions than LoRA", None, higher(seeded, [place], "welore", "lora")),
     ]

@@ -9,7 +9,7 @@ from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
 from experiments.tuned import bounded, lower, sure, training_picture
-from experiments.tuning import Study, studies, validation_curve
+from experiments.tuning import SURELY, Study, studies, validation_curve
 from welore.metrics import Metric
 
 # The paper's figures are at 0.5, where plain factors leave the small model no better than a guess.
@@ -56,11 +56,11 @@ def claims(found: dict[str, Study], ratios: Sequence[Ratio], section: str) -> li
         Claim(
             f"{one} reaches a lower perplexity than {other} ({section})", None, lower(perplexity, [place], one, other)
         ),
-        *sure("by more than two standard errors", seeded, [place], one, other),
+        *sure(SURELY, seeded, [place], one, other),
         Claim("and a lower validation perplexity", None, lower(held_out, [place], one, other)),
     ]
     for r in ratios:
-        numbers = {key: tuned.value(study, r.metric) for key, study in seeded.items()}
+        numbers = tuned.costs(seeded, r.metric)
         low, high = r.low or 0.0, math.inf if r.high is None else r.high
         stated.append(Claim(f"{r.text} ({section})", None, bounded(numbers, [place], r.over, r.under, low, high)))
     return stated

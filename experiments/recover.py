@@ -14,7 +14,7 @@ from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
 from experiments.tuned import Numbers, lower, sure
-from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
+from experiments.tuning import SURELY, Study, studies, then  # noqa: F401, the cells that follow
 from welore.plots import lines_figure
 
 NEEDS = tuning.NEEDS
@@ -72,13 +72,7 @@ def claims(found: dict[tuple[str, str], Study], numbers: Numbers) -> list[Claim]
     return [
         better(whitened, plain),
         better(best, whitened),
-        *sure(
-            f"{best} is better than {plain} after tuning by more than two standard errors",
-            found,
-            tuned_places,
-            best,
-            plain,
-        ),
+        *sure(f"{best} is better than {plain} after tuning, {SURELY}", found, tuned_places, best, plain),
         Claim(
             f"{best}, never tuned, is better than {plain} after {TOKENS[-1]:,} tokens",
             None,

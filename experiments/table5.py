@@ -14,7 +14,7 @@ from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
 from experiments.tuned import Numbers, bounded, lower, rising, sure
-from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
+from experiments.tuning import SURELY, Study, studies, then  # noqa: F401, the cells that follow
 from welore import metrics
 
 NEEDS = tuning.NEEDS
@@ -71,7 +71,7 @@ def _labels(study: Study) -> list[str]:
 def claims(found: Sequence[Study]) -> list[Claim]:
     seeded = {(f"{s.cell['model']} {s.cell['err']:g}", s.cell["mode"]): s for s in found}
     ours = {place: study.perplexity for place, study in seeded.items()}
-    memory = {place: value for place, s in seeded.items() if (value := tuned.value(s, metrics.FIT_PEAK_GIB))}
+    memory = tuned.costs(seeded, metrics.FIT_PEAK_GIB)
     theirs = list(PERPLEXITY)
     models = list(dict.fromkeys(study.cell["model"] for study in found))
 
@@ -88,8 +88,8 @@ def claims(found: Sequence[Study]) -> list[Claim]:
     return [
         claim("WeLore is better than LoRA at every err (Table 5)", "lora"),
         claim("WeLore is better than GaLore at every err (Table 5)", "galore"),
-        *sure("the same, below lora by more than two standard errors", seeded, flat(models), "welore", "lora"),
-        *sure("the same, below galore by more than two standard errors", seeded, flat(models), "welore", "galore"),
+        *sure(f"the same, below lora {SURELY}", seeded, flat(models), "welore", "lora"),
+        *sure(f"the same, below galore {SURELY}", seeded, flat(models), "welore", "galore"),
         Claim(
             "the benefit over LoRA grows with err (first version, 5.2.2)",
             rising(printed(PERPLEXITY), lines(theirs), "lora", "welore"),

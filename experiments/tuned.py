@@ -17,11 +17,13 @@ COLUMNS += ["trained", "tokens", "tokens/s", "peak GiB", "optimizer MB", "device
 NOTES = [
     f"learning rate: of {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default the one with "
     "the least validation perplexity at the end, on seed 0; the other seeds run at it. Tokens and precision are equal",
-    "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0",
+    "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0; claims on "
+    "them compare runs on one device, and say nothing where the modes share none",
     "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
 ]
 
 Numbers = dict[tuple[str, str], float | None]  # by place and column
+Found = dict[tuple[str, str], Study]
 
 
 def values(study: Study) -> list[str]:
@@ -60,8 +62,14 @@ def _cost(row: Row) -> list[str]:
         number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
         number(row.found(metrics.FIT_PEAK_GIB), 2),
         number(optimizer, 1),
-        str(row.record.environment["device"]),
+        _device(row),
     ]
+
+
+def _device(row: Row) -> str:
+    """Where it ran, and whether layers were run again for their gradients: speed and memory depend on both."""
+    environment = row.record.environment
+    return f"{environment['device']}{', recompute' if environment.get('recompute') else ''}"
 
 
 def page(
@@ -84,6 +92,21 @@ def value(study: Study | None, metric: metrics.Metric) -> float | None:
     return study.first.found(metric)
 
 
+def costs(found: Found, metric: metrics.Metric) -> Numbers:
+    """Speed or memory of the studies at each place, of runs on one device that all of them were run on.
+
+    Where they share none there is no number: what two devices take cannot be compared.
+    """
+    numbers: Numbers = {}
+    for place in dict.fromkeys(place for place, _ in found):
+        studies = {column: study for (where, column), study in found.items() if where == place}
+        by_device = [{_device(row): row for row in reversed(study.runs) if row.record} for study in studies.values()]
+        shared = [device for device in by_device[0] if all(device in runs for runs in by_device)]
+        for column, runs in zip(studies, by_device, strict=True):
+            numbers[place, column] = runs[shared[-1]].found(metric) if shared else None
+    return numbers
+
+
 def lower(numbers: Numbers, places: Sequence[str], column: str, other: str) -> Outcomes:
     """Whether the number of `column` lies below that of `other`, at each place."""
     return {place: below(numbers.get((place, column)), numbers.get((place, other))) for place in places}
@@ -104,14 +127,12 @@ def rising(numbers: Numbers, lines: Sequence[Sequence[str]], over: str, under: s
     return joined(*outcomes)
 
 
-def surely_lower(found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str) -> Outcomes:
-    """`lower` for means over seeds, by more than two standard errors of the difference."""
+def surely_lower(found: Found, places: Sequence[str], column: str, other: str) -> Outcomes:
+    """`lower` for means over seeds, by a paired t test."""
     return {place: surely_below(found.get((place, column)), found.get((place, other))) for place in places}
 
 
-def sure(
-    text: str, found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str
-) -> list[Claim]:
+def sure(text: str, found: Found, places: Sequence[str], column: str, other: str) -> list[Claim]:
     """The claim of `surely_lower`; none where every study has its one seed and no error can be known."""
     if all(not study.missing and len(study.runs) == 1 for study in found.values()):
         return []

@@ -21,6 +21,8 @@ from welore.history import HISTORY, read_history
 NEEDS = (HISTORY,)
 FACTORS = (0.25, 1.0, 4.0)  # of the learning rate that a mode has by default
 SEEDS = {"laptop": [0, 1, 2], "paper": [0]}
+T_QUANTILES = (6.3138, 2.9200, 2.3534, 2.1318, 2.0150, 1.9432, 1.8946, 1.8595, 1.8331)  # one-sided 5 %, from 1 on
+SURELY = "by a paired t test over seeds, p < 0.05"
 
 Key = str
 
@@ -102,6 +104,10 @@ class Study:
         return next((row for row in [*self.runs, *self.rows] if row.record), None)
 
     @property
+    def by_seed(self) -> dict[int, float]:
+        return {row.cell["seed"]: _perplexity(row) for row in self.runs}
+
+    @property
     def perplexity(self) -> float | None:
         """The mean over seeds; NaN where one breaks or diverged, None where one is missing."""
         return mean(_perplexity(row) for row in self.runs) if self.runs else None
@@ -162,12 +168,26 @@ def curve(folder: Path, key: str) -> list[tuple[float, float]]:
     return [(line["step"] + 1, line[key]) for line in read_history(folder) if line.get(key) is not None]
 
 
-def surely_below(low: Study | None, high: Study | None, errors: float = 2.0) -> bool | None:
-    """Whether one mean lies below the other by more than two standard errors of the difference; None on one seed."""
+def surely_below(low: Study | None, high: Study | None) -> bool | None:
+    """Whether one mean lies below the other by a paired t test over seeds, one-sided at 5 %; None on one seed.
+
+    Studies run on the same seeds, which order the batches of both alike: what a seed does to both is no difference. A
+    study that broke or diverged lies above one that did not.
+    """
     if low is None or high is None or None in (low.perplexity, high.perplexity):
         return None
     if math.isnan(high.perplexity) or math.isnan(low.perplexity):
         return not math.isnan(low.perplexity)
-    if low.error is None or high.error is None:
+    ours, theirs = low.by_seed, high.by_seed
+    differences = [theirs[seed] - ours[seed] for seed in ours if seed in theirs]
+    if len(differences) < 2:
         return None
-    return high.perplexity - low.perplexity > errors * math.hypot(low.error, high.error)
+    error = stdev(differences) / math.sqrt(len(differences))
+    return mean(differences) > t_quantile(len(differences) - 1) * error
+
+
+def t_quantile(freedom: int) -> float:
+    """What Student's t of so many degrees of freedom exceeds with probability 5 %."""
+    if not 1 <= freedom <= len(T_QUANTILES):
+        raise ValueError(f"{freedom} degrees of freedom are not in the table, which ends at {len(T_QUANTILES)}")
+    return T_QUANTILES[freedom - 1]

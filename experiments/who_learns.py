@@ -17,7 +17,7 @@ from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
 from experiments.tuned import lower, sure
-from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
+from experiments.tuning import SURELY, Study, studies, then  # noqa: F401, the cells that follow
 
 NEEDS = tuning.NEEDS
 ERR = 0.3
@@ -54,7 +54,7 @@ def claims(found: dict[tuple[str, str], Study]) -> list[Claim]:
     def claim(text: str, places: Sequence[str], who: str, other: str) -> list[Claim]:
         return [
             Claim(text, None, lower(numbers, places, who, other)),
-            *sure(f"{text}, by more than two standard errors", found, places, who, other),
+            *sure(f"{text}, {SURELY}", found, places, who, other),
         ]
 
     return [

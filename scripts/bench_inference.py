@@ -1,11 +1,12 @@
 """Measure prefill and decoding of a compressed model against the dense one, beside what FLOPs and bytes allow.
 
 usage: python scripts/bench_inference.py [--model smollm2_135m] [--err 0.3 0.5] [--batch 1 4] [--prompt 512]
-           [--decode 32] [--dtype float32] [--rounds 3] [--out FILE.json] [overrides]
+           [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--out FILE.json] [overrides]
        python scripts/bench_inference.py --seven-b      the shapes of LLaMA-2-7B with random weights; needs a GPU
 
-Dense and compressed take turns on the same prompt. A compressed model is slower than it need be where a ratio of
-speeds is below both the ratio of FLOPs and that of bytes. Peak memory is measured in a process for each model.
+Dense and compressed take turns on the same prompt, each as it is and fused (welore/fuse.py). A compressed model is
+slower than it need be where a ratio of speeds is below both the ratio of FLOPs and that of bytes. Peak memory is
+measured in a process for each model, as it is.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from transformers import PreTrainedModel
 
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
+from welore.fuse import fuse
 from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, prefill_flops, race
 from welore.measure import GIB, peak_memory
 from welore.models import DTYPES, count_bytes
 from welore.runner import environment
 
-DENSE = "dense"
+DENSE, SMALL = "dense", "compressed"
 
 
 def load(config: Config, device: torch.device, dtype: str, err: float | None) -> PreTrainedModel:
@@ -45,49 +47,57 @@ def prompt(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, weight.shape[0], (batch, length), device=weight.device)
 
 
+def fused(model: PreTrainedModel, multiple: int) -> PreTrainedModel:
+    model = deepcopy(model)
+    fuse(model, multiple)
+    return model
+
+
 def speeds(arguments: argparse.Namespace, configs: dict[str, Config], device: torch.device) -> list[dict]:
     dense = load(configs[DENSE], device, arguments.dtype, None)
+    models = {DENSE: dense, f"{DENSE} fused": fused(dense, arguments.multiple)}
     rows = []
     for name, config in configs.items():
         if name == DENSE:
             continue
         small = load(config, device, arguments.dtype, config.err)
+        models |= {SMALL: small, f"{SMALL} fused": fused(small, arguments.multiple)}
         for batch in arguments.batch:
             for length in arguments.prompt:
-                rows.append({"err": config.err} | compare(dense, small, batch, length, arguments))
+                rows.append({"err": config.err} | compare(models, batch, length, arguments))
                 print(line(rows[-1]), flush=True)
-        del small
     return rows
 
 
-def compare(
-    dense: PreTrainedModel, small: PreTrainedModel, batch: int, length: int, arguments: argparse.Namespace
-) -> dict:
-    """Both speeds and their ratio beside the ratios of FLOPs and, for decoding, of bytes."""
-    found = race({DENSE: dense, "small": small}, prompt(dense, batch, length), arguments.decode, arguments.rounds)
+def compare(models: dict[str, PreTrainedModel], batch: int, length: int, arguments: argparse.Namespace) -> dict:
+    """The speed of each beside that of the dense model, and the ratios that FLOPs and, for decoding, bytes allow."""
+    dense, small = models[DENSE], models[SMALL]
+    found = race(models, prompt(dense, batch, length), arguments.decode, arguments.rounds)
     context = length + arguments.decode // 2
     return {
         "batch": batch,
         "prompt": length,
-        "dense": asdict(found[DENSE]),
-        "compressed": asdict(found["small"]),
-        "prefill ratio": found["small"].prefill / found[DENSE].prefill,
+        "tokens_per_second": {name: asdict(speed) for name, speed in found.items()},
+        "prefill ratio": {name: speed.prefill / found[DENSE].prefill for name, speed in found.items()},
         "prefill FLOPs ratio": prefill_flops(dense, length) / prefill_flops(small, length),
-        "decode ratio": found["small"].decode / found[DENSE].decode,
+        "decode ratio": {name: speed.decode / found[DENSE].decode for name, speed in found.items()},
         "decode FLOPs ratio": decode_flops(dense, context) / decode_flops(small, context),
         "decode bytes ratio": decode_bytes(dense, batch, context) / decode_bytes(small, batch, context),
     }
 
 
 def line(row: dict) -> str:
-    return (
-        f"err {row['err']:g}  batch {row['batch']:<3} prompt {row['prompt']:<5}"
-        f" prefill {row['dense']['prefill']:8.1f} -> {row['compressed']['prefill']:8.1f} tokens/s,"
-        f" ratio {row['prefill ratio']:.3f} (FLOPs {row['prefill FLOPs ratio']:.3f})"
-        f"   decode {row['dense']['decode']:7.1f} -> {row['compressed']['decode']:7.1f} tokens/s,"
-        f" ratio {row['decode ratio']:.3f} (FLOPs {row['decode FLOPs ratio']:.3f},"
-        f" bytes {row['decode bytes ratio']:.3f})"
-    )
+    lines = [
+        f"err {row['err']:g}  batch {row['batch']}  prompt {row['prompt']}   allowed: prefill"
+        f" {row['prefill FLOPs ratio']:.3f} by FLOPs, decode {row['decode FLOPs ratio']:.3f} by FLOPs,"
+        f" {row['decode bytes ratio']:.3f} by bytes"
+    ]
+    for name, speed in row["tokens_per_second"].items():
+        lines.append(
+            f"  {name:18} prefill {speed['prefill']:8.1f} tokens/s, ratio {row['prefill ratio'][name]:.3f}"
+            f"   decode {speed['decode']:7.1f} tokens/s, ratio {row['decode ratio'][name]:.3f}"
+        )
+    return "\n".join(lines)
 
 
 def memory(arguments: argparse.Namespace, config: Config, device: torch.device) -> dict[str, float | None]:
@@ -112,7 +122,7 @@ def memory(arguments: argparse.Namespace, config: Config, device: torch.device) 
 
 def alone(arguments: list[str], name: str) -> dict:
     output = subprocess.run(
-        [sys.executable, __file__, *arguments, f"--only={name}"], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, f"--only={name}", *arguments], check=True, stdout=subprocess.PIPE, text=True
     )
     return json.loads(output.stdout.splitlines()[-1])
 
@@ -125,6 +135,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, nargs="+", default=[512], help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=32, help="tokens written after it, 3 or more")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and products; by default that of the model")
+    parser.add_argument("--multiple", type=int, default=1, help="what ranks are padded to in fused models")
     parser.add_argument("--rounds", type=int, default=3, help="of each model on each shape, in turns")
     parser.add_argument("--seven-b", action="store_true", help="the shapes of LLaMA-2-7B, random, on a GPU")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_inference.json"), help="where the figures go")
@@ -159,7 +170,7 @@ def main() -> None:
     for name, figures in peaks.items():
         print(f"{name:10}" + "   ".join(f"{key} {value:.3f}" for key, value in figures.items() if value is not None))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    how = {"model": composed.model.name, "dtype": arguments.dtype, "decode": arguments.decode}
+    how = {"model": composed.model.name} | {key: getattr(arguments, key) for key in ("dtype", "decode", "multiple")}
     found = {"speed": rows, "memory": peaks} | how | environment(device)
     arguments.out.write_text(json.dumps(found, indent=2))
     print(f"written to {arguments.out}")

@@ -9,21 +9,19 @@ Without --measure nothing is loaded: the model is built without storage. Its ran
 """
 
 import argparse
-import ctypes
-import gc
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 from bench import Steps, compressed
+from transformers import PreTrainedModel
 
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.errors import Refused
 from welore.explain import explain
 from welore.fit import recomputed
-from welore.measure import GIB, peak_memory
+from welore.measure import GIB, give_back, peak_memory
 from welore.memory import Footprint, Step, largest_batch, predict
 from welore.models import Random, count_bytes, count_parameters
 from welore.modes import select
@@ -69,26 +67,34 @@ def main() -> int:
     return 0
 
 
-def measure(config: Config, step: Step) -> None:
-    """Predicted and measured peak of the same model, without what the process holds beside its weights."""
+def measured(model: PreTrainedModel, config: Config, step: Step, steps: int = 2) -> dict[str, float]:
+    """Predicted and measured peak of a model, without what the process holds beside its weights."""
     device = config.trainer.place()
-    with tempfile.TemporaryDirectory() as folder:
-        model, _ = compressed(config, device, Cache(Path(folder)))
-    gc.collect()
-    if device.type == "cpu" and sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # or what compression has freed would be used again, and not be counted
+    give_back(device)
     with peak_memory(device) as now:
         besides = now.gib - count_bytes(model) / GIB
     model.train()
     with peak_memory(device) as peak, recomputed(model, step.recompute):
-        steps = Steps(model, config.mode, config.model.autocast, step.batch, step.length)
-        seconds = steps.turn(2)
-        measured = peak.gib - besides
-    footprint = predict(model, config.mode, steps.parameters, step)
+        trained = Steps(model, config.mode, config.model.autocast, step.batch, step.length)
+        seconds = trained.turn(steps)
+        found = peak.gib - besides
+    footprint = predict(model, config.mode, trained.parameters, step)
     print(table(footprint))
-    rate = step.tokens / min(seconds)
+    return {
+        "measured GiB": found,
+        "predicted GiB": footprint.peak / GIB,
+        "tokens_per_second": step.tokens / min(seconds),
+    }
+
+
+def measure(config: Config, step: Step) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model, _ = compressed(config, config.trainer.place(), Cache(Path(folder)))
+    found = measured(model, config, step)
+    ratio = found["predicted GiB"] / found["measured GiB"]
     print(
-        f"measured {measured:.3f} GiB, predicted / measured {footprint.peak / GIB / measured:.3f}, {rate:.0f} tokens/s"
+        f"measured {found['measured GiB']:.3f} GiB, predicted / measured {ratio:.3f}, "
+        f"{found['tokens_per_second']:.0f} tokens/s"
     )
 
 

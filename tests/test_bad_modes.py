@@ -23,6 +23,8 @@ CONFIGS = [
     ("mode=osf mode.frozen=0", ["mode.frozen=0.0 is not a share in (0, 1)"]),
     ("mode=lora_xs mode.rank=0", ["mode.rank=0 adapts nothing"]),
     ("mode=lisa mode.gap=0", ["layers=2, gap=0"]),
+    ("mode=lisa mode.sampling=outliers", ["mode.sampling=outliers is unknown", "uniform or outlier"]),
+    ("mode=lisa mode.outlier=0", ["mode.outlier=0", "no multiple of a mean"]),
     ("mode=lisa mode.layers=0", ["layers=0, gap=20"]),
     ("mode=apollo mode.per=row", ["mode.per=row is unknown", "channel", "tensor"]),
     ("mode=fira mode.rank=0", ["mode has rank=0"]),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from welore import measure
-from welore.measure import WARM_UP_STEPS, Throughput, peak_memory
+from welore.measure import WARM_UP_STEPS, Throughput, give_back, peak_memory
 
 CPU = torch.device("cpu")
 MIB_200 = 200 / 1024
@@ -27,6 +27,20 @@ def test_peak_memory_sees_what_is_allocated_inside_and_forgets_what_was_before()
     with peak_memory(CPU) as again:
         after = again.gib
     assert inside - after == pytest.approx(MIB_200, abs=0.03)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is asked to give memory back")
+def test_what_was_freed_goes_back_so_that_the_next_peak_counts_it():
+    """Pieces below the threshold at which glibc maps memory of its own stay with the process when they are freed."""
+    pieces = [torch.ones(2**14) for _ in range(3200)]  # 64 KiB each, 200 MiB together
+    last = torch.ones(2**14)  # above the others on the heap, which cannot shrink by itself
+    del pieces
+    give_back(CPU)
+    with peak_memory(CPU) as peak:
+        before = peak.gib
+        pieces = [torch.ones(2**14) for _ in range(3200)]
+        assert peak.gib - before == pytest.approx(MIB_200, abs=0.03)
+    assert len(pieces) == 3200 and last.sum() == 2**14
 
 
 def test_the_gib_is_1024_cubed_bytes(monkeypatch):

@@ -10,6 +10,7 @@ from welore.apollo import Apollo, Fira
 from welore.modes import select
 from welore.muon import MuonAdamW
 from welore.optim import AdamW
+from welore.parts import outlier_shares
 from welore.steppers import EightBit
 
 ADAM = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
@@ -146,6 +147,18 @@ def test_lisa_draws_every_gap_steps_from_its_seed(compressed, configured):
     assert {frozenset(d) for d in draws} == {frozenset({0}), frozenset({1})}
     mode.seed = 1
     assert draws != [mode.drawn(step) for step in range(60)]
+
+
+def test_outliers_draw_their_layers_more_often_and_a_draw_is_that_of_its_step(family, compress, configured):
+    model = family("llama")
+    compress(model)
+    mode = configured("mode=lisa", "mode.layers=1", "mode.gap=1", "mode.sampling=outlier", "mode.outlier=3").mode
+    select(model, mode)
+    shares = outlier_shares(model, 3)
+    draws = [mode.drawn(step) for step in range(2000)]
+    assert draws == [mode.drawn(step) for step in range(2000)] and all(len(drawn) == 1 for drawn in draws)
+    share = float(shares[0] / shares.sum())
+    assert 0 < share < 1 and sum(0 in drawn for drawn in draws) / 2000 == pytest.approx(share, abs=0.05)
 
 
 def test_lisa_changes_layers_and_its_checkpoint_holds_all_of_them(compressed, train, tmp_path):

@@ -12,6 +12,7 @@ from experiments.cells import Row, find, fingerprint_of, overrides_of
 from experiments.page import verdict
 from experiments.scales import VOCABULARY
 from experiments.tuning import studies, surely_below, then
+from welore import metrics
 from welore.config import compose, to_config
 from welore.plots import save
 from welore.records import Record
@@ -116,6 +117,14 @@ def test_a_mean_over_seeds_with_its_standard_error(tmp_path):
     assert (values["untuned"], values["dense"], values["flag"]) == ("500.00", "30.00", "—")
 
 
+def test_a_run_that_recomputed_its_layers_says_so_beside_its_device(tmp_path):
+    found = study(tmp_path, [200.0, 100.0, 300.0])
+    found.first.record.environment["recompute"] = True
+    assert dict(zip(tuned.COLUMNS, tuned.values(found), strict=True))["device"] == "a CPU, recompute"
+    found.first.record.environment["recompute"] = False
+    assert dict(zip(tuned.COLUMNS, tuned.values(found), strict=True))["device"] == "a CPU"
+
+
 def test_a_seed_that_is_missing_leaves_a_study_open(tmp_path):
     found = study(tmp_path, [200.0, 100.0, 300.0])
     (opened,) = studies([*found.rows, Row(START | {"mode.lr": 0.0005, "seed": 1}, why="never run")])
@@ -159,9 +168,16 @@ def test_a_rate_that_diverges_is_an_outcome_and_is_not_run_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("low", "high", "sure"),
-    [([100, 101, 102], [110, 111, 112], True), ([100, 101, 102], [101, 102, 103], False), ([100], [110], None)],
+    [
+        ([100, 101, 102], [110, 111, 112], True),
+        ([100, 110, 120], [103, 112, 122.5], True),  # seeds differ more than studies, and alike in both
+        ([100, 110, 120], [109, 110, 121], False),
+        ([100, 101, 102], [99, 100, 101], False),
+        ([100, 101], [110, 111.5], True),
+        ([100], [110], None),
+    ],
 )
-def test_a_difference_counts_beyond_two_standard_errors(tmp_path, low, high, sure):
+def test_a_difference_counts_where_the_seeds_agree_on_it(tmp_path, low, high, sure):
     ours, other = (
         study(tmp_path / name, [900.0, values[0], 900.0], seeds=values[1:])
         for name, values in (("a", low), ("b", high))
@@ -169,6 +185,18 @@ def test_a_difference_counts_beyond_two_standard_errors(tmp_path, low, high, sur
     assert surely_below(ours, other) is sure
     assert surely_below(ours, study(tmp_path / "c", [None] * 3)) is True
     assert surely_below(ours, None) is None
+
+
+def test_the_quantiles_are_those_of_students_t():
+    """The density integrated up to the quantile, from 0, is 0.45."""
+    for freedom in range(1, len(tuning.T_QUANTILES) + 1):
+        scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+        width = tuning.t_quantile(freedom) / 10_000
+        points = [(i + 0.5) * width for i in range(10_000)]
+        area = sum(scale * (1 + t * t / freedom) ** (-(freedom + 1) / 2) for t in points) * width
+        assert area == pytest.approx(0.45, abs=1e-5)
+    with pytest.raises(ValueError, match="10 degrees of freedom"):
+        tuning.t_quantile(10)
 
 
 def whole(name, folder, perplexity):
@@ -236,7 +264,7 @@ def test_table_5_compares_modes_at_their_own_rates(tmp_path):
     page = table5.render(whole("table5", tmp_path, lambda cell: best_at_default(cell) + better[cell["mode"]]))
     found = said(page)
     assert found["WeLore is better than LoRA at every err (Table 5)"] == "holds (4 of 4)"
-    assert found["the same, below lora by more than two standard errors"] == "holds (4 of 4)"
+    assert found[f"the same, below lora {tuning.SURELY}"] == "holds (4 of 4)"
     assert found["WeLore is better than GaLore at every err (Table 5)"].startswith("does not hold")
     line = dict(zip(page.header, page.body[0], strict=True))
     assert (line["paper, tuned"], line["paper, MB"]) == ("8.21", "26,859")
@@ -255,7 +283,7 @@ def test_who_learns_tells_repair_from_learning(tmp_path):
         "LRCs learn better than N-LRCs where LRCs were compressed (the paper's case)",
         "what was compressed learns better than what was not: N-LRCs",
     }
-    assert held == repaired | {f"{text}, by more than two standard errors" for text in repaired}
+    assert held == repaired | {f"{text}, {tuning.SURELY}" for text in repaired}
     assert (
         found["LRCs learn better than N-LRCs where they were not compressed (C8)"] == "does not hold: N-LRC, nothing"
     )
@@ -271,9 +299,7 @@ def test_recover_counts_from_the_model_that_was_not_tuned(tmp_path):
     found = said(page)
     first = "welore + whitened is better than welore + plain, before and after tuning"
     assert found[first] == "does not hold: 0"  # all start from the same number here
-    assert found["lagrange + kfac is better than welore + plain after tuning by more than two standard errors"] == (
-        "holds (2 of 2)"
-    )
+    assert found[f"lagrange + kfac is better than welore + plain after tuning, {tuning.SURELY}"] == "holds (2 of 2)"
     (axis,) = page.figures[""].axes
     assert axis.lines[0].get_xydata().tolist() == [[0.0, 500.0], [30.0, 101.0], [300.0, 101.0]]
 
@@ -325,3 +351,21 @@ def test_a_grid_and_its_seeds_run_on_the_tiny_model(tmp_path):
     assert len(rows) == 10 and not any(row.missing for row in rows)
     page = figure4.render(rows)
     assert page.figures and all(line[page.header.index("seeds")] == "3" for line in page.body)
+
+
+def test_costs_are_compared_on_a_device_that_all_modes_share(tmp_path):
+    def study(mode, devices):
+        rows = []
+        for seed, device in enumerate(devices):
+            found = {"fit/tokens_per_second": 100.0 * (seed + 1) if mode == "welore" else 50.0}
+            record = Record("0", "done", {}, found, {"device": device})
+            rows.append(Row({"mode": mode, "mode.lr": 1.0, "seed": seed}, tmp_path, record))
+        return tuning.Study({"mode": mode}, tuple(rows))
+
+    def speeds(ours, theirs):
+        found = {("x", "LRC"): study("welore", ours), ("x", "N-LRC"): study("nlrc", theirs)}
+        return tuned.costs(found, metrics.FIT_TOKENS_PER_SECOND)
+
+    (tmp_path / "history.jsonl").write_text('{"step": 0, "validation/perplexity": 20.0}\n')
+    assert speeds(["a", "b", "b"], ["b", "b", "b"]) == {("x", "LRC"): 200.0, ("x", "N-LRC"): 50.0}
+    assert speeds(["a", "a", "a"], ["b", "b", "b"]) == {("x", "LRC"): None, ("x", "N-LRC"): None}

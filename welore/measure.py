@@ -1,5 +1,8 @@
 """Time and memory, measured so that they can be compared: devices are waited for, first steps do not count."""
 
+import ctypes
+import gc
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +39,18 @@ class Peak:
     def reserved_gib(self) -> float | None:
         """What torch took from the GPU for it, fragments included; None on a CPU."""
         return torch.cuda.max_memory_reserved(self.device) / GIB if self.device.type == "cuda" else None
+
+
+def give_back(device: torch.device) -> None:
+    """Return what was freed to the system, or the next peak would depend on what ran before.
+
+    What an allocator keeps for later is used again without being counted on a CPU, and counts as reserved on a GPU.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # glibc alone has it
 
 
 @contextmanager

@@ -47,6 +47,7 @@ TUNED_PARAMETERS = Metric("tuned/parameters", "tuned parameters", 0, "lower")
 FIT_TOKENS_PER_SECOND = Metric("fit/tokens_per_second", "training tokens/s", 1, "higher")
 FIT_PADDED_TOKENS_PER_SECOND = Metric("fit/padded_tokens_per_second", "training tokens/s with padding", 1, "higher")
 FIT_PEAK_GIB = Metric("fit/peak_gib", "training peak GiB", 2, "lower")
+FIT_RESERVED_GIB = Metric("fit/reserved_gib", "training reserved GiB", 2, "lower")  # on a GPU alone
 FIT_STATE_GIB = Metric("fit/state_gib", "gradients and optimizer GiB", 3, "lower")
 TRAINABLE_PARAMETERS = Metric("fit/trainable_parameters", "trainable parameters", 0)
 TRAINABLE_NORMS = Metric("fit/trainable_norm_parameters", "of which normalization", 0)
@@ -81,6 +82,7 @@ EVAL_TOKENS = Metric("eval/tokens", "test tokens", 0)
 EVAL_TOKENS_PER_SECOND = Metric("eval/tokens_per_second", "evaluation tokens/s", 1, "higher")
 DENSE_EVAL_TOKENS_PER_SECOND = Metric("dense/tokens_per_second", "dense evaluation tokens/s", 1, "higher")
 EVAL_PEAK_GIB = Metric("eval/peak_gib", "evaluation peak GiB", 2, "lower")
+EVAL_RESERVED_GIB = Metric("eval/reserved_gib", "evaluation reserved GiB", 2, "lower")  # on a GPU alone
 
 TRAIN_LOSS = Metric("train/loss", "loss", 4, "lower")
 TRAIN_LR = Metric("train/lr", "learning rate", 8)

@@ -14,6 +14,7 @@ from welore.errors import Refused
 from welore.lowrank import LowRankLinear, balanced, replace, singular
 from welore.models import components, decoder_layers
 from welore.modes import Adam, Full, check_rank
+from welore.rules import outlier_share
 
 
 class SingularLinear(LowRankLinear):
@@ -121,16 +122,25 @@ class Lisa(Full):
 
     The others are frozen meanwhile, and have neither gradients nor moments: these start at 0 when their turn comes.
     Norms outside of the decoder layers always train. The draw depends on `seed` and the step alone.
+
+    `sampling=outlier` draws a layer with a probability in proportion to its share of weights above `outlier` times
+    their mean (OwLore). There |W| is weighed by the norms of its inputs; here it is not, so that no text is needed.
     """
 
     layers: int
     gap: int
     seed: int
+    sampling: str
+    outlier: float
 
     def __post_init__(self):
         super().__post_init__()
         if self.layers < 1 or self.gap < 1:
             raise Refused(f"mode has layers={self.layers}, gap={self.gap}. Write 1 or more of both.")
+        if self.sampling not in ("uniform", "outlier"):
+            raise Refused(f"mode.sampling={self.sampling} is unknown. Write uniform or outlier.")
+        if not self.outlier > 0:
+            raise Refused(f"mode.outlier={self.outlier} is no multiple of a mean. Write 5, or another above 0.")
 
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
         blocks = list(decoder_layers(model).values())
@@ -139,11 +149,15 @@ class Lisa(Full):
         parameters = super().trainables(model)
         chosen = {id(p) for p in parameters}
         self._blocks = [[p for p in block.parameters() if id(p) in chosen] for block in blocks]
+        if self.sampling == "outlier":
+            self._shares = outlier_shares(model, self.outlier)
         return parameters
 
     def drawn(self, step: int) -> set[int]:
         """The decoder layers that train in a step."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step // self.gap)
+        if self.sampling == "outlier":
+            return set(torch.multinomial(self._shares, self.layers, generator=draw).tolist())
         return set(torch.randperm(len(self._blocks), generator=draw)[: self.layers].tolist())
 
     def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
@@ -154,3 +168,18 @@ class Lisa(Full):
                 parameter.requires_grad_(index in drawn)
                 if index not in drawn:
                     optimizer.state.pop(masters.get(id(parameter), parameter), None)
+
+
+@torch.no_grad()
+def outlier_shares(model: PreTrainedModel, multiple: float) -> Tensor:
+    """The share of |W| above `multiple` times its mean, over all compressible weights of each decoder layer.
+
+    An LRC counts as its product. A layer without outliers is drawn only where the others do not suffice.
+    """
+    weights = components(model)
+    shares = []
+    for prefix in decoder_layers(model):
+        inside = [module for name, module in weights.items() if name.startswith(f"{prefix}.")]
+        matrices = [m.merged() if isinstance(m, LowRankLinear) else m for m in inside]
+        shares.append(outlier_share([m.weight.float().abs() for m in matrices], multiple))
+    return torch.tensor(shares, dtype=torch.float64).clamp(min=1e-12)

@@ -24,7 +24,7 @@ from welore.compress import weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Interrupted, Refused
 from welore.evaluate import Benchmark, Outcome, frozen_weights_in
-from welore.measure import GIB, Throughput, peak_memory
+from welore.measure import GIB, Peak, Throughput, give_back, peak_memory
 from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.modes import norm_parameters, select
 from welore.optim import state_bytes
@@ -92,6 +92,8 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     weights = weight_digests(model)
     model.to(device)
     record.environment = environment(device) | {"protocol": benchmark.title, "weights": digest(*weights.values())}
+    if config.mode.trains:
+        record.environment["recompute"] = config.trainer.recompute  # no science, but it decides speed and memory
     found |= {metrics.DENSE_PARAMETERS.key: count_parameters(model), metrics.DENSE_BYTES.key: count_bytes(model)}
     found |= _told(_measure_once(model, weights, benchmark, config, cache, "dense"), folder, "dense")
     found[metrics.DENSE_EVAL_TOKENS_PER_SECOND.key] = found.get(metrics.EVAL_TOKENS_PER_SECOND.key)
@@ -139,10 +141,11 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     tuner = Tuner(model, config.mode, parameters, training, batches.steps, zeros)
     throughput = Throughput(training.accumulate)
     device = next(model.parameters()).device
+    give_back(device)  # of what compression freed
     started = time.perf_counter()
     with peak_memory(device) as peak, frozen_weights_in(model, config.model.autocast):
         fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput)
-        gib = peak.gib
+        memory = _memory(peak, metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
     gradients = trained * torch.float32.itemsize
     state = (gradients + state_bytes(tuner.optimizers(use_pl_optimizer=False))) / GIB
     model.to(device).eval().requires_grad_(False)
@@ -152,8 +155,8 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     return (
         zeroed
         | throughput.metrics()
+        | memory
         | {
-            metrics.FIT_PEAK_GIB.key: gib,
             metrics.FIT_STATE_GIB.key: state,
             metrics.TRAINABLE_PARAMETERS.key: trained,
             metrics.TRAINABLE_NORMS.key: sum(p.numel() for p in parameters if id(p) in norms),
@@ -166,10 +169,18 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
 
 
 def _measure(model: PreTrainedModel, benchmark: Benchmark, config: Config, stage: str) -> Outcome:
-    with peak_memory(next(model.parameters()).device) as peak:
+    device = next(model.parameters()).device
+    give_back(device)
+    with peak_memory(device) as peak:
         outcome = benchmark.measure(model, config.model.autocast, stage)
-        outcome.shared[metrics.EVAL_PEAK_GIB.key] = peak.gib
+        outcome.shared.update(_memory(peak, metrics.EVAL_PEAK_GIB, metrics.EVAL_RESERVED_GIB))
     return outcome
+
+
+def _memory(peak: Peak, allocated: metrics.Metric, reserved: metrics.Metric) -> dict[str, float]:
+    """Both peaks on a GPU; on a CPU the resident memory, as `allocated`."""
+    found = {allocated.key: peak.gib, reserved.key: peak.reserved_gib}
+    return {key: gib for key, gib in found.items() if gib is not None}
 
 
 def _measure_once(model, weights: dict[str, str], benchmark: Benchmark, config: Config, cache, stage: str) -> Outcome:

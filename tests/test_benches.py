@@ -1,0 +1,49 @@
+"""The scripts that measure training run on the tiny model; what they find of time and memory is not judged here."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+TINY = ("model=tiny", "trainer=cpu")
+
+
+def figures(script, tmp_path, *arguments, overrides=TINY):
+    out = tmp_path / "found.json"
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments, f"--out={out}", "--", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, f"outputs={tmp_path}"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_lora_learns_what_it_learns_under_transformers_and_peft(tmp_path):
+    """Loss for loss: the same adapters, batches, schedule, clipping and optimizer, by two trainers."""
+    sizes = ("--steps=5", "--batch=2", "--length=64", "--rounds=1")
+    found = figures("bench_lora", tmp_path, "--model=tiny", *sizes, overrides=("trainer=cpu",))
+    ours, theirs = found["losses"].values()
+    assert len(ours) == 5 and ours == pytest.approx(theirs, abs=2e-4) and ours[-1] < ours[0]
+    assert all(rate > 0 for rate in found["tokens_per_second"].values())
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_step_are_measured_for_both_modes(tmp_path):
+    sizes = ("--tokens", "16", "64", "--length=32", "--rounds=1")
+    found = figures("bench_steps", tmp_path, "--model=tiny", *sizes, overrides=("trainer=cpu",))
+    assert [row["tokens"] for row in found["rows"]] == [16, 64]
+    for row in found["rows"]:
+        assert row["seconds"].keys() == {"welore", "full"} and all(ratio > 0 for ratio in row["ratios"].values())
+
+
+@pytest.mark.slow
+def test_modes_are_measured_at_the_largest_batch_of_a_budget(tmp_path):
+    sizes = ("--gib", "0.1", "--modes", "welore", "--length=32", "--most=2")
+    plain, again = figures("equal_memory", tmp_path, *sizes)["rows"]
+    assert plain["largest batch"] < again["largest batch"] and plain["batch"] == again["batch"] == 2
+    assert plain["best"] != again["best"] and plain["measured GiB"] > 0
