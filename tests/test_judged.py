@@ -13,7 +13,7 @@ from endpoints import KEY, serving
 from welore.chat import conversation
 from welore.errors import Refused
 from welore.judged import Case, counted
-from welore.judges import Judgment, Request
+from welore.judges import REMINDER, Judgment, Request
 from welore.records import FILE, Record
 from welore.runner import run
 from welore.summaries import PROMPT, length_class
@@ -374,3 +374,18 @@ def test_a_local_model_judges(judged, bench, pristine, tmp_path):
     options = ["judge=local", f"judge.path={tmp_path / 'judge'}", "judge.dtype=float32", "judge.max_tokens=5"]
     found = run(judged("mt_bench", bench, *options, "judge.attempts=1"), tmp_path / "run").metrics
     assert found["dense/judged"] + found["dense/unjudged"] == 8
+
+
+def test_a_conversation_that_does_not_fit_says_what_makes_it_shorter(judged, bench, news, tmp_path):
+    for task, path, word in (("mt_bench", bench, "task.new_tokens"), ("cnn_dailymail", news, "task.most_words")):
+        options = ["task.new_tokens=5000", *(["task.per_class=1", "task.rouge=false"] if path == news else [])]
+        with pytest.raises(Refused, match=f"{word} makes it shorter.*4096 positions"):
+            run(judged(task, path, *options), tmp_path / task)
+
+
+def test_what_asks_again_holds_no_rating_that_a_weak_judge_could_repeat(judged, bench, news):
+    for task, path in (("mt_bench", bench), ("cnn_dailymail", news)):
+        config = judged(task, path, *(["task.per_class=1"] if path == news else []))
+        (case, *_) = config.task.cases()
+        for request in config.task.requests(case, ["", ""]):
+            assert request.read(REMINDER.format(form=request.form)) is None
