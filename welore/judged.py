@@ -105,7 +105,7 @@ class Hearing(Benchmark):
     @property
     def identity(self) -> tuple[str | bytes, ...]:
         blank = [self.task.requests(case, [""] * len(case.turns)) for case in self.cases]
-        asked = [request.messages for requests in blank for request in requests]
+        asked = [(request.messages, request.aspects, request.form) for requests in blank for request in requests]
         return f"{self.title} {self._how()}", json.dumps(self.judge.science()), json.dumps(asked)
 
     def _how(self) -> str:
