@@ -16,7 +16,8 @@ from welore.judges import Request, rating
 
 QUESTIONS, REFERENCES, PROMPTS = "question", "reference_gpt-4", "judge_prompts"
 NEEDED = f"{QUESTIONS}.jsonl, {REFERENCES}.jsonl and {PROMPTS}.jsonl"
-FORM = 'a rating from 1 to 10 in the form "[[rating]]", for example: "Rating: [[5]]"'
+# Ours, for asking again: without a number, which weak judges repeat.
+FORM = 'a rating from 1 to 10 in the form "Rating: [[rating]]"'
 REFERENCED = ("math", "reasoning", "coding")  # the categories whose judge sees a reference
 SHAPES = {"single-v1": "one turn", "single-math-v1": "one turn with a reference"} | {
     "single-v1-multi-turn": "two turns",

@@ -200,6 +200,10 @@ class Benchmark(ABC):
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         """How the model does; `stage` is for the progress bar."""
 
+    def rate(self, outcome: Outcome, device: torch.device, stage: str) -> Outcome:
+        """The outcome with what others say of it, whose memory is not that of the model."""
+        return outcome
+
 
 class Windows(Benchmark):
     """Perplexity on the windows that a protocol scores, ids_BL."""

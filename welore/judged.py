@@ -47,7 +47,8 @@ class Judged(Task):
     """A task whose answers, of at most `new_tokens` tokens each and `batch` at a time, go to a judge."""
 
     judged: ClassVar[bool] = True
-    what: ClassVar[str]  # a case of it is
+    what: ClassVar[str]  # its cases are
+    shorter: ClassVar[str] = "a lower task.new_tokens"  # makes them
     batch: int
     new_tokens: int
 
@@ -99,14 +100,12 @@ class Hearing(Benchmark):
         # The last prompt of each conversation, whose earlier answers may be as long as its last one.
         whole = [conversation(tokenizer, _talk(case, [""] * (len(case.turns) - 1))) for case in self.cases]
         self.longest = longest(tokenizer, whole) + turns * task.new_tokens
-        self.longest_key = (
-            f"the longest of the {task.what} with its answers (task.new_tokens={task.new_tokens}): tokens"
-        )
+        self.longest_key = f"the longest of the {task.what} with its answers ({task.shorter} makes it shorter): tokens"
 
     @property
     def identity(self) -> tuple[str | bytes, ...]:
         blank = [self.task.requests(case, [""] * len(case.turns)) for case in self.cases]
-        asked = [request.messages for requests in blank for request in requests]
+        asked = [(request.messages, request.aspects, request.form) for requests in blank for request in requests]
         return f"{self.title} {self._how()}", json.dumps(self.judge.science()), json.dumps(asked)
 
     def _how(self) -> str:
@@ -116,25 +115,27 @@ class Hearing(Benchmark):
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         written = self._written(model, dtype, stage)
-        pairs = list(zip(self.cases, written.answers, strict=True))
         found = {"empty": sum(not answer for answers in written.answers for answer in answers)}
         found |= self.task.measures(self.cases, written.answers)
         lines = [
             {"name": case.name, "category": case.category, "prompts": prompts, "written": answers}
-            for prompts, (case, answers) in zip(written.prompts, pairs, strict=True)
+            for case, prompts, answers in zip(self.cases, written.prompts, written.answers, strict=True)
         ]
-        if self.judge.judges:
-            requests = [(place, r) for place, pair in enumerate(pairs) for r in self.task.requests(*pair)]
-            device = next(model.parameters()).device
-            asked = [request for _, request in requests]
-            judgments = self.judge.judgments(asked, self.cache, device, f"{stage} judgments")
-            found |= counted([self.cases[place].category for place, _ in requests], asked, judgments)
-            for (place, request), judgment in zip(requests, judgments, strict=True):
-                lines[place].setdefault("judgments", []).append({"asked": request.messages} | asdict(judgment))
         rate = len(self.cases) / written.seconds
-        return Outcome(
-            found, {metrics.EVAL_EXAMPLES.key: len(pairs), metrics.EVAL_QUESTIONS_PER_SECOND.key: rate}, lines
-        )
+        shared = {metrics.EVAL_EXAMPLES.key: len(self.cases), metrics.EVAL_QUESTIONS_PER_SECOND.key: rate}
+        return Outcome(found, shared, lines)
+
+    def rate(self, outcome: Outcome, device: torch.device, stage: str) -> Outcome:
+        if not self.judge.judges:
+            return outcome
+        pairs = zip(self.cases, outcome.answers, strict=True)
+        asked = [(line, request) for case, line in pairs for request in self.task.requests(case, line["written"])]
+        requests = [request for _, request in asked]
+        judgments = self.judge.judgments(requests, self.cache, device, f"{stage} judgments")
+        for (line, request), judgment in zip(asked, judgments, strict=True):
+            line.setdefault("judgments", []).append({"asked": request.messages} | asdict(judgment))
+        ratings = counted([line["category"] for line, _ in asked], requests, judgments)
+        return Outcome(outcome.stage | ratings, outcome.shared, outcome.answers)
 
     def _written(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Written:
         """Kept by the weights: a judge that fails, or another judge, finds the very same answers."""

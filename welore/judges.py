@@ -312,7 +312,6 @@ class Local(Language):
             _tell(f"load the judge {self.path}")
             with _of_judge():
                 self.loaded = self.source.load(cache.folder)
-            self.loaded[0].to(device)
         model, tokenizer = self.loaded
         prompts = [conversation(tokenizer, talk) for talk in talks]
         limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -322,7 +321,10 @@ class Local(Language):
                 f"a judgment takes {tokens} tokens, judge.max_tokens={self.max_tokens} of them, and the judge "
                 f"{self.path} has {limit} positions. Lower judge.max_tokens or take another judge."
             )
-        return replies(model, tokenizer, prompts, self.batch, self.max_tokens, self.autocast, "judgments")
+        model.to(device)
+        texts = replies(model, tokenizer, prompts, self.batch, self.max_tokens, self.autocast, "judgments")
+        model.cpu()  # the memory belongs to the model that is measured
+        return texts
 
 
 @contextmanager

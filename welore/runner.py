@@ -174,7 +174,7 @@ def _measure(model: PreTrainedModel, benchmark: Benchmark, config: Config, stage
     with peak_memory(device) as peak:
         outcome = benchmark.measure(model, config.model.autocast, stage)
         outcome.shared.update(_memory(peak, metrics.EVAL_PEAK_GIB, metrics.EVAL_RESERVED_GIB))
-    return outcome
+    return benchmark.rate(outcome, device, stage)
 
 
 def _memory(peak: Peak, allocated: metrics.Metric, reserved: metrics.Metric) -> dict[str, float]:

@@ -50,6 +50,7 @@ class CnnDailyMail(Judged):
     """
 
     what: ClassVar[str] = "articles"
+    shorter: ClassVar[str] = "a lower task.new_tokens or task.most_words"
     repo: str
     subset: str
     split: str
