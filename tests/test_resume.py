@@ -101,6 +101,7 @@ def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch,
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tmp_path, monkeypatch):
     whole = run(config_of(tmp_path), tmp_path / "whole")
     (tmp_path / "cut" / "checkpoints").mkdir(parents=True)

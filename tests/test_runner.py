@@ -35,6 +35,7 @@ def test_the_same_text_in_other_windows_has_a_dense_perplexity_of_its_own(tmp_pa
     assert found[0]["dense/perplexity"] != found[1]["dense/perplexity"]
 
 
+@pytest.mark.slow
 def test_a_forced_run_that_fails_gives_back_the_finished_one_whole(tmp_path):
     run(config_of(tmp_path), tmp_path / "run")
     before = contents(tmp_path / "run")
@@ -45,6 +46,7 @@ def test_a_forced_run_that_fails_gives_back_the_finished_one_whole(tmp_path):
     assert contents(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_forced_run_that_succeeds_leaves_nothing_of_the_one_before(tmp_path):
     first = run(config_of(tmp_path), tmp_path / "run")
     names = set(contents(tmp_path / "run"))
@@ -54,6 +56,7 @@ def test_a_forced_run_that_succeeds_leaves_nothing_of_the_one_before(tmp_path):
     assert set(contents(tmp_path / "run")) == names
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_late_keeps_what_it_had_measured(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device", "model.safetensors")
@@ -98,6 +101,7 @@ def test_the_saved_model_has_the_perplexity_of_the_record(tmp_path):
     assert perplexity(reloaded, windows_BL).perplexity == record.metrics["tuned/perplexity"]
 
 
+@pytest.mark.slow
 def test_compressed_weights_that_two_runs_share_are_measured_once(configured, tmp_path, monkeypatch):
     from welore.evaluate import Windows
 
