@@ -133,4 +133,5 @@ def verdicts(folder: Path, stage: str = "tuned") -> list[bool]:
     file = folder / f"answers-{stage}.jsonl"
     if not file.exists():
         return []
-    return [json.loads(line)["verdict"] == "right" for line in file.read_text().splitlines()]
+    # Not splitlines(): questions hold separators such as U+0085, which do not end a line of a jsonl.
+    return [json.loads(line)["verdict"] == "right" for line in file.read_text().split("\n") if line]

@@ -67,3 +67,10 @@ def test_nothing_is_said_where_the_better_one_did_not_train(study):
 
 def test_without_seed_0_on_both_sides_no_test_is_made(study):
     assert outcomes(study("a", 140, 141), study("b", None, 110, 112)) == (True, None)
+
+
+def test_an_answer_with_a_separator_in_it_is_one_line(tmp_path):
+    lines = [{"prompt": "Barcelona \x85 and \u2028", "verdict": verdict} for verdict in ("right", "unparsed")]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (tmp_path / "answers-compressed.jsonl").write_text(text)
+    assert asked.verdicts(tmp_path, "compressed") == [True, False]

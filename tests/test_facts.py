@@ -38,6 +38,7 @@ def written(folder, content):
         ("  ...  ", ""),
         ("Theatre", "theatre"),
         ("É", "é"),
+        ("U.–S.–A.", "u –s –"),  # a dash that is no ASCII ends a word, and stays
     ],
 )
 def test_names_are_compared_without_case_punctuation_and_articles(text, plain):
@@ -75,6 +76,34 @@ def test_the_hubs_triviaqa_is_read_alike(task):
     assert task("triviaqa").example(nested) == task("triviaqa").example(TRIVIA)
 
 
+def test_the_hubs_freebaseqa_is_read_alike(task):
+    parses = {"Parse-Id": ["0"], "Answers": [{"AnswersMid": ["m.1", "m.2"], "AnswersName": [["ace"], ["the top"]]}]}
+    nested = {"RawQuestion": "Who?", "Parses": parses}
+    assert task("freebaseqa").example(nested) == task("freebaseqa").example(FREEBASE["Questions"][0])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Dataset scripts are no longer supported"), ConnectionError("no hub")])
+def test_a_hub_that_gives_no_questions_is_named(task, monkeypatch, error):
+    asked = []
+
+    def load_dataset(*names, **options):
+        asked.append((names, options))
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(Refused, match="KelvinJiang/freebase_qa.*failed.*task.path=FILE"):
+        task("freebaseqa").examples("test")
+    assert asked == [(("KelvinJiang/freebase_qa", None), {"revision": "refs/convert/parquet"})]
+
+
+def test_the_eval_file_of_freebaseqa_is_asked(task, tmp_path):
+    for name, question in {"train": "Train?", "dev": "Dev?", "eval": "Eval?"}.items():
+        questions = [FREEBASE["Questions"][0] | {"RawQuestion": question}]
+        (tmp_path / f"FreebaseQA-{name}.json").write_text(json.dumps({"Questions": questions}))
+    (example,) = task("freebaseqa", f"task.path={tmp_path}").examples("test")
+    assert example.question == "Eval?"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -105,3 +134,10 @@ def test_nothing_is_trained_on_questions_that_are_all_for_testing(configured, tm
 def test_the_real_triviaqa_has_all_its_questions(task, data):
     examples = task("triviaqa", f"task.path={data / 'tasks' / 'triviaqa'}").examples("test")
     assert len(examples) == 7993 and all(example.aliases for example in examples)
+
+
+@pytest.mark.real
+def test_aliases_are_normalized_as_triviaqa_itself_has_normalized_them(data):
+    for line in (data / "tasks" / "triviaqa" / "validation.jsonl").open(encoding="utf-8"):
+        raw = json.loads(line)
+        assert set(raw["normalized_aliases"]) <= {normalized(name) for name in (raw["answer"], *raw["aliases"])}

@@ -6,6 +6,7 @@ that are answered already, so that a model which knows also says it in a few wor
 
 import re
 import string
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,9 +25,8 @@ PROMPT = (
 
 def normalized(text: str) -> str:
     """Lower case, without punctuation and articles, single spaces: what TriviaQA's evaluation compares."""
-    plain = text.lower().replace("_", " ")
-    plain = "".join(" " if sign in string.punctuation + "‘’´`" else sign for sign in plain)
-    return " ".join(word for word in plain.split() if word not in ("a", "an", "the"))
+    plain = "".join(" " if sign in string.punctuation + "‘’´`" else sign for sign in text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 @dataclass
@@ -85,14 +85,25 @@ class FreebaseQa(Facts):
         return raws[names[0]] if len(names) == 1 else every(raws)
 
     def example(self, raw):
-        names = [name for parse in raw["Parses"] for answer in parse["Answers"] for name in answer["AnswersName"]]
-        flat = [part for name in names for part in (name if isinstance(name, list) else [name])]
-        if not flat:
+        names = list(_texts(raw["Parses"], "AnswersName"))
+        if not names:
             raise ValueError(f"no answer of {raw['RawQuestion']!r} has a name")
-        return fact(raw["RawQuestion"], flat[0], flat)
+        return fact(raw["RawQuestion"], names[0], names)
 
 
 def fact(question: str, answer: str, aliases: list[str]) -> Example:
     if not normalized(answer) and not any(map(normalized, aliases)):
         raise ValueError(f"no answer of {question!r} has a letter or a digit")
     return Example(question, answer, aliases=tuple(aliases))
+
+
+def _texts(node: Any, key: str, below: bool = False) -> Iterator[str]:
+    """Every text below a key. The hub turns the lists of records in a file into records of lists."""
+    if isinstance(node, dict):
+        for name, inner in node.items():
+            yield from _texts(inner, key, below or name == key)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from _texts(inner, key, below)
+    elif below and isinstance(node, str):
+        yield node

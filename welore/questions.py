@@ -144,9 +144,10 @@ class Questions(Task):
     def _hub(self) -> dict[str, list[Raw]]:
         from datasets import load_dataset
 
+        repo, _, revision = self.repo.partition("@")
         try:
-            parts = load_dataset(self.repo, self.subset)
-        except (OSError, ValueError) as error:  # a ConnectionError is an OSError
+            parts = load_dataset(repo, self.subset, revision=revision or None)
+        except (OSError, ValueError, RuntimeError) as error:  # no connection, no such set, a set that is a script
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Refused(
                 f"the questions of {self.name} are read from {self.repo} on the hub, which failed: {reason} Give a "
