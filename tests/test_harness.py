@@ -22,6 +22,25 @@ doc_to_target: right
 metric_list: [{{metric: acc}}]
 """
 
+WRITTEN = """
+task: written
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[right]}}}}"
+generation_kwargs: {{max_gen_toks: 4, until: ["\\n"]}}
+filter_list:
+  - {{name: whole, filter: [{{function: take_first}}]}}
+  - {{name: first, filter: [{{function: regex, regex_pattern: "(\\\\w+)"}}, {{function: take_first}}]}}
+metric_list: [{{metric: exact_match}}]
+"""
+
+
+def answers(folder, stage):
+    return [json.loads(line) for line in (folder / f"answers-{stage}.jsonl").read_text().split("\n") if line]
+
 
 @pytest.fixture
 def asked(configured, tmp_path):
@@ -38,15 +57,51 @@ def asked(configured, tmp_path):
 def test_the_harness_measures_the_model_in_memory(asked, tmp_path):
     pytest.importorskip("lm_eval")
     found = run(asked("task.limit=20"), tmp_path / "run").metrics
-    answers = [json.loads(line) for line in (tmp_path / "run" / "answers-compressed.jsonl").read_text().splitlines()]
-    assert len(answers) == 20 == found["eval/examples"]
-    for stage in ("dense", "compressed"):
-        assert found[f"{stage}/lm_eval/sums/acc"] * 20 % 1 == pytest.approx(0, abs=1e-9)
+    dense, compressed = (answers(tmp_path / "run", stage) for stage in ("dense", "compressed"))
+    assert len(dense) == len(compressed) == 20 == found["eval/examples"]
+    for stage, lines in {"dense": dense, "compressed": compressed}.items():
+        assert found[f"{stage}/lm_eval/sums/acc"] * 20 == pytest.approx(sum(line["metrics"]["acc"] for line in lines))
+    assert [line["answers"] for line in dense] != [line["answers"] for line in compressed]
 
 
-def test_a_task_that_only_measures_trains_nothing(asked, tmp_path):
-    with pytest.raises(Refused, match="mode=none"):
-        asked().task.rows(None, None, 0)
+def test_a_question_that_is_read_by_two_filters_is_one_question(asked, tmp_path):
+    pytest.importorskip("lm_eval")
+    folder = tmp_path / "tasks"
+    (folder / "written.yaml").write_text(WRITTEN.format(file=folder / "sums.jsonl"))
+    found = run(asked("task.limit=4", "task.tasks=[written]"), tmp_path / "run").metrics
+    lines = answers(tmp_path / "run", "compressed")
+    assert found["eval/examples"] == 4 and len(lines) == 8
+    assert {line["filter"] for line in lines} == {"whole", "first"}
+    assert {"dense/lm_eval/written/exact_match,whole", "dense/lm_eval/written/exact_match,first"} <= set(found)
+
+
+def test_data_that_changed_outside_the_folder_are_measured_anew(asked, tmp_path):
+    pytest.importorskip("lm_eval")
+    tokenizer = asked().model.load(tmp_path / "cache")[1]
+    outside = tmp_path / "outside.jsonl"
+    outside.write_text((tmp_path / "tasks" / "sums.jsonl").read_text())
+    (tmp_path / "tasks" / "sums.yaml").write_text(TASK.format(file=outside))
+    first = asked().task.benchmark(tokenizer, None).identity
+    assert asked().task.benchmark(tokenizer, None).identity == first
+    outside.write_text(outside.read_text().replace("large", "huge"))
+    assert asked().task.benchmark(tokenizer, None).identity != first
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("summs", ["'summs'", "Did you mean sums", "task.path=FOLDER"]), ("lost", ["lost.jsonl"])]
+)
+def test_a_task_that_cannot_be_loaded_is_named(asked, tmp_path, name, words):
+    pytest.importorskip("lm_eval")
+    lost = TASK.format(file="lost.jsonl").replace("task: sums", "task: lost")
+    (tmp_path / "tasks" / "lost.yaml").write_text(lost)
+    with pytest.raises(Refused) as stopped:
+        asked(f"task.tasks=[{name}]").task.benchmark(None, None)
+    assert all(word in str(stopped.value) for word in words)
+
+
+def test_a_task_that_only_measures_trains_nothing(asked):
+    with pytest.raises(Refused, match="nothing to train on.*mode=none"):
+        asked("mode=welore")
 
 
 @pytest.mark.parametrize(("overrides", "words"), [("task.tasks=[]", "asks nothing"), ("task.limit=0", "limit=0")])

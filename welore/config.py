@@ -147,10 +147,10 @@ class Config:
                 f"mode={self.mode.name} takes the factors of LRCs apart anew, which would fill what prune.where=all "
                 f"has zeroed in them. Write prune.where=nlrc, or another mode."
             )
-        if self.task.judged and self.mode.trains:
+        if self.mode.trains and (self.task.judged or not self.task.teaches):
             raise Refused(
                 f"task={self.task.name} has nothing to train on, and mode={self.mode.name} trains. Write mode=none. "
-                f"To judge a tuned model, tune it on another task with save=true and give its folder: model=FOLDER."
+                f"To measure a tuned model, tune it on another task with save=true and give its folder: model=FOLDER."
             )
         if isinstance(self.ranks, ranks.Given):
             self.err = self.keep = self.bytes = self.flops = None  # the file is the budget

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from welore.batches import Rows
-from welore.errors import Refused
 from welore.examine import Item
 from welore.questions import Example, Questions, every
 
@@ -33,6 +31,7 @@ def normalized(text: str) -> str:
 class Facts(Questions):
     """All records are test questions: nothing is trained on them."""
 
+    teaches: ClassVar[bool] = False
     trigger: ClassVar[str] = "Answer:"
 
     def divide(self, raws):
@@ -56,11 +55,6 @@ class Facts(Questions):
 
     def right(self, read: str, item: Item) -> bool:
         return normalized(read) in {normalized(alias) for alias in (item.answer, *item.aliases)}
-
-    def rows(self, *args, **options) -> Rows:
-        raise Refused(
-            f"task={self.name} has test questions alone, so nothing can be trained on them. Write mode=none."
-        )
 
 
 @dataclass

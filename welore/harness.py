@@ -4,15 +4,18 @@ The package is an optional extra: pip install -e .[lm_eval]
 """
 
 import importlib.util
+import json
 import time
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
 from welore import metrics
-from welore.batches import Rows
+from welore.batches import tokenizer_identity
 from welore.cache import Cache, digest
 from welore.errors import Refused
 from welore.evaluate import Benchmark, Outcome, float32_logits
@@ -29,6 +32,7 @@ class Harness(Task):
     the identity of a run.
     """
 
+    teaches: ClassVar[bool] = False
     tasks: list[str]
     shots: int | None
     limit: int | None
@@ -47,10 +51,25 @@ class Harness(Task):
     def benchmark(self, tokenizer: Any, cache: Cache) -> "HarnessRun":
         if importlib.util.find_spec(PACKAGE) is None:
             raise Refused("task=lm_eval needs lm-evaluation-harness, which is not installed. Run: pip install lm-eval")
-        return HarnessRun(self, tokenizer)
+        from lm_eval.tasks import TaskManager
 
-    def rows(self, *args, **options) -> Rows:
-        raise Refused("task=lm_eval measures, and nothing is trained on it. Write mode=none.")
+        manager = TaskManager(include_path=self.path)
+        return HarnessRun(self, tokenizer, manager, self._content(manager))
+
+    def _content(self, manager: Any) -> str:
+        """Of the questions that are asked; their data may lie on the hub or anywhere."""
+        try:
+            loaded = manager.load(list(self.tasks))["tasks"]
+            asked = {name: list(islice(task.eval_docs, self.limit)) for name, task in loaded.items()}
+        except Exception as error:  # task files are anyone's, code among them, and their data may be out of reach
+            reason = (str(error).strip() or "no reason given").splitlines()[0].rstrip(".")
+            near = [n for name in self.tasks for n in get_close_matches(name, manager.all_tasks, 2) if n != name]
+            hint = f" Did you mean {' or '.join(near)}?" if near and isinstance(error, KeyError) else ""
+            raise Refused(
+                f"task.tasks={list(self.tasks)} cannot be loaded: {type(error).__name__}: {reason}.{hint} Write names "
+                f"of the harness, whose data must be in reach, or give a folder of task files: task.path=FOLDER."
+            ) from error
+        return digest(json.dumps(asked, sort_keys=True, default=str))
 
     def identity(self) -> str:
         """The content of the folder of task files."""
@@ -64,12 +83,15 @@ class Harness(Task):
 
 
 class HarnessRun(Benchmark):
-    """The harness on one model after the other; it brings its own prompts, windows and metrics."""
+    """The harness on one model after the other; it brings its own prompts, windows and metrics.
+
+    What is longer than the positions of the model, the harness cuts at its beginning.
+    """
 
     longest, longest_key = 1, "task.batch"
 
-    def __init__(self, task: Harness, tokenizer: Any):
-        self.task, self.tokenizer = task, tokenizer
+    def __init__(self, task: Harness, tokenizer: Any, manager: Any, content: str):
+        self.task, self.tokenizer, self.manager, self.content = task, tokenizer, manager, content
         asked = "all questions" if task.limit is None else f"the first {task.limit} questions"
         shots = "their own shots" if task.shots is None else f"{task.shots} shots"
         self.title = f"lm-evaluation-harness: {', '.join(task.tasks)}, {asked}, {shots}"
@@ -78,12 +100,12 @@ class HarnessRun(Benchmark):
     def identity(self) -> tuple[str | bytes, ...]:
         from importlib.metadata import version
 
-        return f"{self.title} {version('lm-eval')} batch {self.task.batch}", self.task.identity()
+        how = f"{self.title} {version('lm-eval')} batch {self.task.batch}"
+        return how, self.task.identity(), self.content, tokenizer_identity(self.tokenizer)
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
         # The harness opens an autocast of its own, which ends one around it.
         wrapped = HFLM(
@@ -100,13 +122,14 @@ class HarnessRun(Benchmark):
                 tasks=list(self.task.tasks),
                 num_fewshot=self.task.shots,
                 limit=self.task.limit,
-                task_manager=TaskManager(include_path=self.task.path),
+                task_manager=self.manager,
                 log_samples=True,
                 bootstrap_iters=0,
             )
         seconds = time.perf_counter() - started
         samples = found["samples"]
-        asked = sum(len(lines) for lines in samples.values())
+        # Where a task has several filters, each of them lists every question.
+        asked = sum(len({line["doc_id"] for line in lines}) for lines in samples.values())
         shared = {metrics.EVAL_EXAMPLES.key: asked, metrics.EVAL_QUESTIONS_PER_SECOND.key: asked / seconds}
         return Outcome(_numbers(found["results"]), shared, _answers(samples))
 
@@ -127,7 +150,10 @@ def _answers(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             "task": task,
             "prompt": str(line["arguments"][0][0]),
             "right": str(line["target"]),
+            "options": [str(argument[1]) for argument in line["arguments"] if isinstance(argument[1], str)],
             "answers": [str(answer) for answer in line["filtered_resps"]],
+            "filter": line["filter"],
+            "metrics": {key: line[key] for key in line["metrics"] if isinstance(line[key], bool | int | float)},
         }
         for task, lines in samples.items()
         for line in lines

@@ -193,6 +193,7 @@ class Hub(Texts):
 class Task:
     """What a model is measured on, and what it is trained on for how long."""
 
+    teaches: ClassVar[bool] = True  # there is something to train on
     judged: ClassVar[bool] = False  # a task whose answers a judge rates takes the judge with its benchmark
     name: str
     path: str | None
