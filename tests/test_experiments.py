@@ -18,6 +18,7 @@ from experiments import (
     figure8,
     grid,
     table1,
+    table2,
     table3,
     table6,
     table7,
@@ -103,6 +104,9 @@ ANSWERED = {
     "compressed/correct": 15,
     "dense/accuracy": 0.5,
     "compressed/accuracy": 0.1,
+    "compressed/score": 5.0,
+    "compressed/judged": 160,
+    "compressed/unjudged": 0,
 }
 
 
@@ -162,6 +166,7 @@ def changed(row, **found):
 def test_the_artefacts_of_the_paper_are_found():
     assert {
         "table1",
+        "table2",
         "table3",
         "table7",
         "v1_table6",
@@ -274,6 +279,51 @@ def test_an_artefact_says_err_keep_parameters_and_the_dense_baseline(name, tmp_p
 def test_the_paper_claims_nothing_of_activation_guided_factors_that_its_numbers_do_not_bear_out():
     said = [claim.row()[1] for claim in table3.claims([], {}) + v1_table6.claims([], {})]
     assert said.count("holds (5 of 5)") == 9 and said.count("—") == 3  # it prints no numbers for ASVD proper
+
+
+def test_table_2_asks_the_papers_three_tasks_at_its_scale_and_a_judge_where_there_is_no_right_answer():
+    cells = table2.cells("paper")
+    judges = {cell["task"]: cell.get("judge") for cell in cells}
+    assert judges == {"freebaseqa": None, "mt_bench": "openai", "cnn_dailymail": "openai"}
+    assert len(cells) == 3 * len(table2.METHODS) and len({fingerprint_of(cell) for cell in cells}) == len(cells)
+
+
+def test_table_2_compares_right_answers_and_ratings_each_with_its_own(tmp_path):
+    rows = [
+        changed(row, **{"compressed/correct": 20, "compressed/score": 6.5}) if row.cell["ranks"] == "owl" else row
+        for row in whole("table2", "paper", tmp_path)
+    ]
+    page = table2.render(rows)
+    lines = [dict(zip(page.header, line, strict=True)) for line in page.body if line[2] in ("OWL", "WeLore")]
+    assert [(line["paper"], line["ours"], line["of"]) for line in lines] == [
+        *(("54.42", "13.3", "20 / 150"), ("71.89", "10.0", "15 / 150")),
+        *(("5.27", "6.50", "160 ratings"), ("6.09", "5.00", "160 ratings")),
+        *(("5.16", "6.50", "160 ratings"), ("6.46", "5.00", "160 ratings")),
+    ]
+    said = {claim.text: verdict(claim.ours) for claim in page.claims}
+    assert said["WeLore is better than OWL ranks (Table 2)"].endswith("freebaseqa, mt_bench, cnn_dailymail")
+
+
+def test_a_model_whose_ratings_cannot_be_read_leaves_the_claim_open(tmp_path):
+    rows = [
+        changed(row, **{"compressed/score": None if row.cell["task"] == "mt_bench" else 9.0})
+        if row.cell["err"] and row.cell["ranks"] == "welore"
+        else row
+        for row in whole("table2", "paper", tmp_path)
+    ]
+    said = {claim.text: verdict(claim.ours) for claim in table2.render(rows).claims}
+    assert said["WeLore is rated higher than SVD-LLM (Table 2)"] == "cannot be said, missing: mt_bench"
+
+
+def test_models_that_know_nothing_any_more_refute_nothing(tmp_path):
+    rows = [changed(row, **{"compressed/correct": 0}) for row in whole("table2", "laptop", tmp_path)]
+    assert all(verdict(claim.ours).startswith("cannot be said") for claim in table2.render(rows).claims)
+
+
+def test_the_papers_numbers_bear_out_its_claims_of_table_2(tmp_path):
+    page = table2.render(whole("table2", "paper", tmp_path))
+    printed = [claim.row()[1] for claim in page.claims if claim.paper is not None]
+    assert len(printed) == 5 and all(said.startswith("holds") for said in printed)
 
 
 def test_calibration_on_wikitext_never_sees_the_text_that_is_measured(tmp_path, texts):
