@@ -1,5 +1,6 @@
 """Judges: what is read in their answers, and that nothing an endpoint does costs an answer twice or shows the key."""
 
+import json
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -229,6 +230,26 @@ def test_a_missing_key_is_named_before_anything_is_asked(judge, monkeypatch):
     with pytest.raises(Refused, match="OPENAI_API_KEY holds no key"):
         judge("http://127.0.0.1:9/v1").prepare()
     judge("http://127.0.0.1:9/v1", "judge.key_env=null").prepare()
+
+
+@pytest.mark.parametrize("bad", ["sk-one-secret\nsk-two", "sk-secret and more", "sk-sécret", "sk-secret\x00"])
+def test_a_key_that_is_no_key_is_refused_and_not_shown(judge, kept, monkeypatch, bad):
+    monkeypatch.setattr("os.environ", {"OPENAI_API_KEY": bad})
+    with serving() as server:
+        for ask in (judge(server).prepare, lambda: judge(server).judgments(requests(1), kept, CPU, "judgments")):
+            with pytest.raises(Refused, match="OPENAI_API_KEY is not one line of ASCII") as stopped:
+                ask()
+            assert "cret" not in str(stopped.value) and "sk-" not in str(stopped.value)
+        assert server.calls == []
+
+
+@pytest.mark.parametrize("usage", [None, "none", [], {"prompt_tokens": "many", "completion_tokens": None}])
+def test_an_answer_is_kept_whatever_is_said_of_its_tokens(judge, kept, usage):
+    message = {"role": "assistant", "content": "Rating: [[6]]"}
+    raw = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
+    with serving(plan=[{"raw": raw}]) as server:
+        assert ratings(judge(server).judgments(requests(1), kept, CPU, "judgments")) == [6.0]
+        assert len(server.calls) == 1
 
 
 def test_an_endpoint_without_keys_gets_none(judge, kept):

@@ -83,6 +83,12 @@ class Endpoint:
                 f"{self.key_env}=..., name another variable by judge.key_env, or write judge.key_env=null for an "
                 f"endpoint without keys."
             )
+        if not re.fullmatch(r"[!-~]+", found):
+            # Refused here, for the header would be refused with an error that shows it.
+            raise Refused(
+                f"the key in the environment variable {self.key_env} is not one line of ASCII without spaces "
+                f"({len(found)} characters, which are not shown). Put one key there and nothing else."
+            )
         return found
 
     def complete(self, body: dict[str, Any], stop: Event) -> Reply:
@@ -109,11 +115,11 @@ class Endpoint:
             raise _Again(f"{type(cause).__name__}: {cause}") from None
         try:
             found = json.loads(raw)
-            choice, usage = found["choices"][0], found.get("usage") or {}
+            choice, usage = found["choices"][0], found.get("usage")
             text = choice["message"]["content"]
             if not isinstance(text, str | None):
                 raise TypeError(f"the content is a {type(text).__name__}")
-            tokens = [int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")]
+            tokens = [_count(usage, key) for key in ("prompt_tokens", "completion_tokens")]
             return Reply(text or "", str(found.get("model")), str(choice.get("finish_reason")), *tokens)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             shown = self._without_key(raw.decode(errors="replace"))[:200]
@@ -155,6 +161,12 @@ class Endpoint:
 
 
 KEPT = "All judgments so far are kept: the same command asks for the rest."
+
+
+def _count(usage: Any, key: str) -> int:
+    """How many tokens an endpoint says; 0 where it says nothing of use, for the answer is paid for all the same."""
+    value = usage.get(key) if isinstance(usage, dict) else None
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def _retry_after(header: str | None) -> float | None:
