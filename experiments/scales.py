@@ -1,9 +1,13 @@
 """The two scales of every artefact: `laptop`, a small model on a CPU, and `paper`, the paper's models and budgets."""
 
 import os
+import shlex
 from pathlib import Path
 
+import yaml
+
 from experiments.cells import Cell
+from welore.errors import Refused
 
 MODELS = {"laptop": ["smollm2_135m"], "paper": ["llama2_7b", "llama2_13b", "mistral_7b"]}
 # The perplexity of guessing every token alike.
@@ -62,3 +66,21 @@ def questions(scale: str, task: str) -> Cell:
     folder = local("tasks") / FOLDERS.get(task, task)
     there = {"task.path": str(folder)} if task != "coinflip" and folder.is_dir() else {}
     return {"task": task, "task/training": "questions", "task.scored": "answer"} | there
+
+
+def judge(scale: str) -> Cell:
+    """Who rates answers: the overrides in $WELORE_JUDGE, or else the paper's judge at paper scale and nobody at laptop
+    scale, where an artefact leaves out what only a judge can fill."""
+    told = os.environ.get("WELORE_JUDGE", "").strip()
+    if not told:
+        return {"judge": "openai"} if scale == "paper" else {}
+    pairs = [override.partition("=") for override in shlex.split(told)]
+    if odd := [key for key, equals, _ in pairs if not equals or key.partition(".")[0] != "judge"]:
+        raise Refused(
+            f"WELORE_JUDGE={told!r} holds {', '.join(odd)}. Write overrides of the judge alone, such as "
+            f"WELORE_JUDGE='judge=local judge.path=FOLDER'."
+        )
+    found = {key: yaml.safe_load(value) for key, _, value in pairs}
+    if found.get("judge", "none") in (None, "none"):
+        raise Refused(f"WELORE_JUDGE={told!r} names no judge. Write judge=openai or judge=local, or unset it.")
+    return found

@@ -17,6 +17,7 @@ from experiments import (
     figure7,
     figure8,
     grid,
+    scales,
     table1,
     table2,
     table3,
@@ -42,6 +43,7 @@ BREAKS_AT = "model.layers.1.mlp"
 def no_texts(tmp_path, monkeypatch):
     """Laptop cells on the packaged speeches, whatever texts this machine has."""
     monkeypatch.setenv("WELORE_DATA", str(tmp_path / "no-texts"))
+    monkeypatch.delenv("WELORE_JUDGE", raising=False)
 
 
 FACTORS = {"plain": 1.0, "asvd": 0.5, "whitened": 0.3, "kfac": 0.2}
@@ -110,6 +112,12 @@ ANSWERED = {
 }
 
 
+def rated_twice(*ratings):
+    """A judged answer with two ratings (None: could not be read)."""
+    turns = [None if rating is None else {f"turn_{n}": rating} for n, rating in enumerate(ratings, 1)]
+    return {"judgments": [{"ratings": turn} for turn in turns]}
+
+
 def record_of(cell, name="0000000000", config=None):
     config = config or {"model": {"name": cell["model"]}, "ranks": {"normalize": "minmax"}, "err": cell.get("err")}
     environment = {"protocol": f"{cell['task']} test: all documents, windows of 512", "device": "a CPU"}
@@ -128,7 +136,8 @@ def leave_spectra(folder):
     save_file(spectra, folder / "spectra.safetensors")
     (folder / "history.jsonl").write_text('{"step": 0, "train/loss": 3.0, "validation/perplexity": 20.0}\n')
     for stage in ("compressed", "tuned"):
-        (folder / f"answers-{stage}.jsonl").write_text('{"verdict": "right"}\n{"verdict": "unparsed"}\n')
+        lines = [{"verdict": "right"} | rated_twice(6, None), {"verdict": "unparsed"} | rated_twice(6, 7)]
+        (folder / f"answers-{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "ranks.json").write_text(json.dumps(ranks))
 
 
@@ -297,8 +306,8 @@ def test_table_2_compares_right_answers_and_ratings_each_with_its_own(tmp_path):
     lines = [dict(zip(page.header, line, strict=True)) for line in page.body if line[2] in ("OWL", "WeLore")]
     assert [(line["paper"], line["ours"], line["of"]) for line in lines] == [
         *(("54.42", "13.3", "20 / 150"), ("71.89", "10.0", "15 / 150")),
-        *(("5.27", "6.50", "160 ratings"), ("6.09", "5.00", "160 ratings")),
-        *(("5.16", "6.50", "160 ratings"), ("6.46", "5.00", "160 ratings")),
+        *(("5.27", "6.50", "160 of 160 ratings"), ("6.09", "5.00", "160 of 160 ratings")),
+        *(("5.16", "6.50", "160 of 160 ratings"), ("6.46", "5.00", "160 of 160 ratings")),
     ]
     said = {claim.text: verdict(claim.ours) for claim in page.claims}
     assert said["WeLore is better than OWL ranks (Table 2)"].endswith("freebaseqa, mt_bench, cnn_dailymail")
@@ -632,3 +641,66 @@ def test_what_the_paper_prints_of_table_6_is_partly_impossible():
         table6.impossible()[0].startswith("28 of the paper's 90 accuracies")
         and "date 0 of 15" in table6.impossible()[0]
     )
+
+
+@pytest.fixture
+def tasks(tmp_path, monkeypatch):
+    """Folders of the tasks of Table 2, as laptop cells look for them, and a judge."""
+    for name in ("triviaqa", "mt_bench", "cnn_dailymail"):
+        (tmp_path / "texts" / "tasks" / name).mkdir(parents=True)
+    monkeypatch.setenv("WELORE_DATA", str(tmp_path / "texts"))
+    monkeypatch.setenv("WELORE_JUDGE", "judge=openai judge.model=m judge.temperature=null judge.max_tokens=99")
+    return tmp_path / "texts" / "tasks"
+
+
+def test_table_2_asks_a_judge_where_there_is_one(tasks, monkeypatch):
+    paper, laptop = table2.cells("paper"), table2.cells("laptop")
+    assert [cell["task"] for cell in laptop[::5]] == ["triviaqa", "mt_bench", "cnn_dailymail"] and len(laptop) == 15
+    assert [cell["task"] for cell in paper[::5]] == ["freebaseqa", "mt_bench", "cnn_dailymail"] and len(paper) == 15
+    for cell in laptop[5:] + paper[5:]:
+        assert (cell["judge.model"], cell["judge.temperature"], cell["judge.max_tokens"]) == ("m", None, 99)
+    assert not any("judge" in cell for cell in laptop[:5] + paper[:5])
+    monkeypatch.delenv("WELORE_JUDGE")
+    assert table2.cells("laptop") == laptop[:5]
+    assert {cell.get("judge") for cell in table2.cells("paper")} == {None, "openai"}
+
+
+def test_a_command_of_table_2_makes_its_cell(tasks):
+    tasks.joinpath("triviaqa", "a.jsonl").write_text("{}")  # the content of the files is part of a run's name
+    tasks.joinpath("mt_bench", "a.jsonl").write_text("{}")
+    tasks.joinpath("cnn_dailymail", "a.jsonl").write_text("{}")
+    for cell in table2.cells("laptop")[::5]:
+        assert fingerprint_of(cell) == fingerprint(to_config(compose(overrides_of(cell))))
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ("openai", ["'openai' holds openai", "judge=local judge.path=FOLDER"]),
+        ("judge=openai err=0.5", ["holds err", "of the judge alone"]),
+        ("judge=none", ["names no judge"]),
+        ("judge.model=m", ["names no judge"]),
+    ],
+)
+def test_a_judge_that_is_none_is_refused(monkeypatch, told, words):
+    monkeypatch.setenv("WELORE_JUDGE", told)
+    with pytest.raises(Refused) as stopped:
+        scales.judge("laptop")
+    assert all(word in str(stopped.value) for word in words)
+
+
+def rated(folder, *pairs):
+    """A run folder with the answers to as many questions, each with two ratings (None: could not be read)."""
+    folder.mkdir()
+    (folder / "answers-compressed.jsonl").write_text("".join(json.dumps(rated_twice(*pair)) + "\n" for pair in pairs))
+    return folder
+
+
+def test_ratings_are_compared_question_by_question(tmp_path):
+    cell = {"task": "mt_bench"}
+    high = Row(cell, rated(tmp_path / "high", *[(8, 9)] * 6, (2, None), (5, 5)))
+    low = Row(cell, rated(tmp_path / "low", *[(8, 8)] * 6, (9, 9), (4, 6)))
+    assert table2.ratings(high.folder) == [8.5] * 6 + [None, 5]
+    # A tie, and one that could not be read, do not count.
+    assert table2.CONVERSATION.differs(high, low) == pytest.approx(2 / 2**6)
+    assert table2.CONVERSATION.differs(low, low) == 1
