@@ -3,9 +3,9 @@
 usage: python scripts/equal_memory.py [--gib 2 3] [--modes welore full lora galore] [--length 256] [--most 8]
            [--predict] [--out FILE.json] [overrides]
 
-Every mode runs with and without recomputation, each in a process of its own; the faster of the two is marked. On a GPU
-a process gets no more than the budget, and one that needs more fails. A CPU enforces nothing: read the measured peak,
-which is that of the process without what it holds beside the weights before training.
+Every mode runs with and without recomputation, each in a process of its own; the faster of the two is marked, unless
+--most cut a batch. On a GPU a process gets no more than the budget, and one that needs more fails. A CPU enforces
+nothing: read the measured peak, which is that of the process without what it holds beside the weights before training.
 """
 
 import argparse
@@ -63,6 +63,14 @@ def alone(arguments: list[str], what: str) -> dict:
     return json.loads(output.stdout.splitlines()[-1])
 
 
+def best_of(pair: list[dict]) -> dict | None:
+    """The faster one; None where one was measured at fewer sequences than fit, which says nothing of the budget."""
+    done = [row for row in pair if "tokens_per_second" in row]
+    if any(row["batch"] < row["largest batch"] for row in done):
+        return None
+    return max(done, key=lambda row: row["tokens_per_second"], default=None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=float, nargs="+", default=[2, 3], help="budgets")
@@ -86,9 +94,9 @@ def main() -> None:
                 {"gib": gib, "mode": mode, "recompute": on} | alone(sys.argv[1:], f"{mode},{gib},{on}")
                 for on in (False, True)
             ]
-            best = max(pair, key=lambda row: row.get("tokens_per_second", 0.0))
+            best = best_of(pair)
             for row in pair:
-                row["best"] = row is best and "tokens_per_second" in row
+                row["best"] = row is best
                 print(line(row), flush=True)
             rows += pair
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

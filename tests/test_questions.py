@@ -8,7 +8,7 @@ import torch
 from welore.errors import Refused
 from welore.examine import Item
 from welore.loss import IGNORED
-from welore.questions import big_bench, coin_flips
+from welore.quizzes import big_bench, coin_flips
 
 CSQA = {
     "answerKey": "B",

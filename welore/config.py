@@ -26,7 +26,7 @@ from welore import (
     partition,
     parts,
     prune,
-    questions,
+    quizzes,
     ranks,
     refine,
     rules,
@@ -90,13 +90,13 @@ SCHEMAS = {
     "mode/chosen": chosen.Chosen,
     "task/package": tasks.PackageTask,
     "task/hub": tasks.HubTask,
-    "task/commonsenseqa": questions.CommonsenseQa,
-    "task/svamp": questions.Svamp,
-    "task/boolq": questions.BoolQ,
-    "task/coinflip": questions.CoinFlip,
-    "task/strategyqa": questions.StrategyQa,
-    "task/date": questions.DateUnderstanding,
-    "task/objects": questions.ObjectTracking,
+    "task/commonsenseqa": quizzes.CommonsenseQa,
+    "task/svamp": quizzes.Svamp,
+    "task/boolq": quizzes.BoolQ,
+    "task/coinflip": quizzes.CoinFlip,
+    "task/strategyqa": quizzes.StrategyQa,
+    "task/date": quizzes.DateUnderstanding,
+    "task/objects": quizzes.ObjectTracking,
     "task/triviaqa": facts.TriviaQa,
     "task/freebaseqa": facts.FreebaseQa,
     "task/lm_eval": harness.Harness,
@@ -147,7 +147,7 @@ class Config:
                 f"mode={self.mode.name} takes the factors of LRCs apart anew, which would fill what prune.where=all "
                 f"has zeroed in them. Write prune.where=nlrc, or another mode."
             )
-        if self.mode.trains and (self.task.judged or not self.task.teaches):
+        if self.mode.trains and not self.task.teaches:
             raise Refused(
                 f"task={self.task.name} has nothing to train on, and mode={self.mode.name} trains. Write mode=none. "
                 f"To measure a tuned model, tune it on another task with save=true and give its folder: model=FOLDER."

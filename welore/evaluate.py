@@ -188,8 +188,8 @@ class Benchmark(ABC):
     """What models are measured on, whichever task it comes from."""
 
     title: str  # in one line, to stand beside every number
-    longest: int  # tokens of its longest sequence
-    longest_key: str  # the option that sets it
+    longest: int | None = None  # tokens of its longest sequence, where it must not be cut
+    longest_key: str = ""  # the option that sets it
 
     @property
     @abstractmethod

@@ -84,13 +84,14 @@ class Exam(Benchmark):
             sitting,
             title,
         )
-        self.longest = sitting.new_tokens + max(len(ids) for ids in self.prompts(items))
+        self.prompts = self.encoded(items)
+        self.longest = sitting.new_tokens + max(map(len, self.prompts))
 
     @property
     def identity(self) -> tuple[str | bytes, ...]:
         sitting = self.sitting
         how = f"{self.title} {sitting.special} {sitting.new_tokens} {sitting.scoring} {sitting.batch}"
-        return how, json.dumps([astuple(item) for item in self.items]), json.dumps(self.prompts(self.items))
+        return how, json.dumps([astuple(item) for item in self.items]), json.dumps(self.prompts)
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         started = time.perf_counter()
@@ -106,7 +107,7 @@ class Exam(Benchmark):
             metrics.EVAL_CHANCE.key: max(Counter(i.answer for i in self.items).values()) / len(answers),
             metrics.EVAL_ACCURACY.key: found.get("accuracy", found.get("option_accuracy")),
             metrics.EVAL_UNPARSED.key: found.get("unparsed", 0),
-            metrics.EVAL_TOKENS_PER_SECOND.key: sum(map(len, self.prompts(self.items))) / seconds,
+            metrics.EVAL_TOKENS_PER_SECOND.key: sum(map(len, self.prompts)) / seconds,
         }
         return Outcome(found, shared, answers)
 
@@ -125,7 +126,7 @@ class Exam(Benchmark):
                 answer |= {"nats": {k: round(v, 4) for k, v in nats.items()}, "likeliest": best, "option": verdict}
         return answers
 
-    def prompts(self, items: Sequence[Item]) -> list[list[int]]:
+    def encoded(self, items: Sequence[Item]) -> list[list[int]]:
         """Up to where an answer begins in training, which may be before the end of the prompt's own tokens.
 
         The same for every option, or the place would tell which is right.
@@ -141,7 +142,8 @@ class Exam(Benchmark):
         return [shortest[place] for place in range(len(items))]
 
     def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[str]:
-        prompts, sitting, ends = self.prompts(items), self.sitting, self.tokenizer.eos_token_id
+        prompts = self.prompts if items is self.items else self.encoded(items)
+        sitting, ends = self.sitting, self.tokenizer.eos_token_id
         title = f"{stage} answers"
         return write_greedily(model, self.tokenizer, prompts, sitting.batch, sitting.new_tokens, ends, dtype, title)
 

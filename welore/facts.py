@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from welore.examine import Item
-from welore.questions import Example, Questions, every
+from welore.questions import Example, Questions
+from welore.sources import every
 
 PROMPT = (
     "Question: What is the capital of France?\nAnswer: Paris\n\n"

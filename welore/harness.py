@@ -88,8 +88,6 @@ class HarnessRun(Benchmark):
     What is longer than the positions of the model, the harness cuts at its beginning.
     """
 
-    longest, longest_key = 1, "task.batch"
-
     def __init__(self, task: Harness, tokenizer: Any, manager: Any, content: str):
         self.task, self.tokenizer, self.manager, self.content = task, tokenizer, manager, content
         asked = "all questions" if task.limit is None else f"the first {task.limit} questions"

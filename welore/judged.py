@@ -12,14 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from welore import metrics
-from welore.batches import Rows
 from welore.cache import Cache, digest
 from welore.chat import conversation, longest, replies, said
 from welore.compress import weight_digests
 from welore.errors import Refused
 from welore.evaluate import Benchmark, Outcome
 from welore.judges import Judge, Judgment, Request
-from welore.questions import question_files
+from welore.sources import content
 from welore.tasks import Task
 
 
@@ -46,6 +45,7 @@ class Written:
 class Judged(Task):
     """A task whose answers, of at most `new_tokens` tokens each and `batch` at a time, go to a judge."""
 
+    teaches: ClassVar[bool] = False
     judged: ClassVar[bool] = True
     what: ClassVar[str]  # its cases are
     shorter: ClassVar[str] = "a lower task.new_tokens"  # makes them
@@ -76,14 +76,8 @@ class Judged(Task):
         judge.prepare()
         return Hearing(self, tokenizer, cache, judge)
 
-    def rows(self, *args, **options) -> Rows:
-        raise Refused(f"task={self.name} has nothing to train on. Write mode=none.")
-
     def identity(self) -> str:
-        if self.path is None:
-            return ""
-        files = question_files(Path(self.path))
-        return digest(*(part for file in files for part in (file.name, file.read_bytes())))
+        return content(self.path)
 
     def source(self) -> str:
         return f"task.path={self.path}" if self.path else f"{self.repo} on the hub"

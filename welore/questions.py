@@ -4,9 +4,7 @@ The prompts, splits and rules of `style=paper` are those of the WeLore experimen
 answers that their rules drop counted as wrong.
 """
 
-import hashlib
 import json
-import random
 import re
 import sys
 from collections.abc import Sequence
@@ -18,14 +16,12 @@ from welore.batches import Rows, padding
 from welore.cache import Cache
 from welore.errors import Refused
 from welore.examine import Exam, Item, Sitting, encode
+from welore.sources import Raw, content, read_files, reading_hub
 from welore.tasks import Task
 
 BLURB = "Below is a question that describes a task. Write a response that appropriately completes the request."
 PAPER = "{blurb}\n\n### \n{passage}Question: {question}\n\n\n### Response:\n{trigger}"
 PAPER_END = ".\n\n### End"
-SHUFFLE_SEED = 99  # of the authors, for the choices of date understanding
-
-Raw = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,7 @@ class Questions(Task):
     pattern: ClassVar[str]  # of an answer, as published
     repo: str | None
     subset: str | None
+    revision: str | None
     style: str
     scored: str
     rule: str
@@ -144,24 +141,13 @@ class Questions(Task):
     def _hub(self) -> dict[str, list[Raw]]:
         from datasets import load_dataset
 
-        repo, _, revision = self.repo.partition("@")
-        try:
-            parts = load_dataset(repo, self.subset, revision=revision or None)
-        except (OSError, ValueError, RuntimeError) as error:  # no connection, no such set, a set that is a script
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Refused(
-                f"the questions of {self.name} are read from {self.repo} on the hub, which failed: {reason} Give a "
-                f"local copy in the original format: task.path=FILE_OR_FOLDER."
-            ) from error
-        return {name: [dict(row) for row in rows] for name, rows in parts.items()}
+        instead = "Give a local copy in the original format: task.path=FILE_OR_FOLDER."
+        with reading_hub(f"the questions of {self.name}", self.repo, instead):
+            parts = load_dataset(self.repo, self.subset, revision=self.revision)
+            return {name: [dict(row) for row in rows] for name, rows in parts.items()}
 
     def identity(self) -> str:
-        if self.path is None:
-            return ""
-        digest = hashlib.blake2b(digest_size=8)
-        for file in question_files(Path(self.path)):
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
-        return digest.hexdigest()
+        return content(self.path)
 
     # How they are put.
 
@@ -222,248 +208,3 @@ class Questions(Task):
         starts = [start for _, start in fitting] if self.scored == "answer" else None
         rows = [ids for ids, _ in fitting]
         return Rows.padded(rows, max(map(len, rows)), padding(tokenizer), starts)
-
-
-@dataclass
-class CommonsenseQa(Questions):
-    """Five choices by common sense; the dev set is the test set, as in the paper."""
-
-    trigger: ClassVar[str] = "Among A through E, the answer is"
-    pattern: ClassVar[str] = "A|B|C|D|E"
-
-    def divide(self, raws):
-        return named(raws, "train"), named(raws, "dev", "validation")
-
-    def example(self, raw):
-        inner = raw["question"]
-        if isinstance(inner, str):  # the hub's format: flat, with the choices as two lists
-            stem, choices = inner, list(zip(raw["choices"]["label"], raw["choices"]["text"], strict=True))
-        else:
-            stem, choices = inner["stem"], [(choice["label"], choice["text"]) for choice in inner["choices"]]
-        return chosen(stem, [text for _, text in choices], [label for label, _ in choices].index(raw["answerKey"]))
-
-
-@dataclass
-class Svamp(Questions):
-    """A sum in words, answered by a number. The first 70 % are for training."""
-
-    trigger: ClassVar[str] = "The answer (arabic numerals) is"
-    pattern: ClassVar[str] = r"-?\d+\.?\d*"
-
-    def divide(self, raws):
-        return (raws["train"], raws["test"]) if "test" in raws else head_and_tail(alone(raws), 0.7)
-
-    def example(self, raw):
-        return Example(f"{raw['Body']} {raw['Question']}", f"{float(raw['Answer']):g}")
-
-    def right(self, read: str, item: Item) -> bool:
-        return float(read) == float(item.answer)
-
-
-@dataclass
-class BoolQ(Questions):
-    """True or false, by a passage. The dev set is the test set."""
-
-    trigger: ClassVar[str] = "Among True and False, the answer is"
-    pattern: ClassVar[str] = "True|False"
-
-    def divide(self, raws):
-        return named(raws, "train"), named(raws, "dev", "validation")
-
-    def example(self, raw):
-        if not isinstance(raw["answer"], bool):
-            raise ValueError(f"the answer {raw['answer']!r} is neither true nor false")
-        question = f"{raw['question']}? Answer Choices: (a) True (b) False"
-        return Example(question, str(raw["answer"]), ("True", "False"), raw["passage"])
-
-
-@dataclass
-class YesOrNo(Questions):
-    """What is answered by yes or no."""
-
-    trigger: ClassVar[str] = "The answer is"
-    pattern: ClassVar[str] = "yes|no"
-
-
-@dataclass
-class CoinFlip(YesOrNo):
-    """Whether a coin is still heads up after four people have flipped it or not.
-
-    Without a path the puzzles are generated, of the same kind as those of the paper: `generator_seed` says which.
-    """
-
-    generator_seed: int
-
-    def _raws(self):
-        if self.path is not None:
-            return read_files(Path(self.path))
-        return {"generated": coin_flips(sum(self.sizes or [350, 150]), self.generator_seed)}
-
-    def divide(self, raws):
-        return head_and_tail(alone(raws), 0.7)
-
-    def example(self, raw):
-        if raw["answer"] not in ("yes", "no"):
-            raise ValueError(f"the answer {raw['answer']!r} is neither yes nor no")
-        return Example(raw["question"], raw["answer"], ("yes", "no"))
-
-
-@dataclass
-class StrategyQa(YesOrNo):
-    """Yes or no by reasoning in several steps, in BIG-bench's format."""
-
-    def divide(self, raws):
-        return head_and_tail(every(raws), 0.7)
-
-    def example(self, raw):
-        scores = {option.lower(): score for option, score in big_bench(raw).items()}
-        if set(scores) != {"yes", "no"}:
-            raise ValueError(f"the options {sorted(scores)} are not yes and no")
-        return Example(question_of(raw), max(scores, key=scores.get), ("yes", "no"))
-
-
-@dataclass
-class DateUnderstanding(Questions):
-    """A date out of five or six, in BIG-bench's format: the `BigBench` of the paper.
-
-    The right one stands first in nearly every record, so that choices are shuffled, in one fixed way.
-    """
-
-    trigger: ClassVar[str] = "Among A through F, the answer is"
-    pattern: ClassVar[str] = "A|B|C|D|E|F"
-
-    def divide(self, raws):
-        return head_and_tail(every(raws), 0.8)
-
-    def example(self, raw):
-        scores, question = big_bench(raw), question_of(raw)
-        choices = sorted(scores)
-        random.Random(f"{SHUFFLE_SEED} {question}").shuffle(choices)
-        return chosen(question, choices, choices.index(max(scores, key=scores.get)))
-
-
-@dataclass
-class ObjectTracking(Questions):
-    """Who holds what after three swaps: three choices, in BIG-bench's format."""
-
-    trigger: ClassVar[str] = "Among A through C, the answer is"
-    pattern: ClassVar[str] = "A|B|C"
-
-    def divide(self, raws):
-        return head_and_tail(every(raws), 0.8)
-
-    def example(self, raw):
-        scores = big_bench(raw)
-        choices = list(scores)
-        question = f"{question_of(raw).strip()} \nWhich choice is true ?"
-        return chosen(question, [choice.rstrip(".") for choice in choices], choices.index(max(scores, key=scores.get)))
-
-
-def chosen(stem: str, choices: Sequence[str], right: int) -> Example:
-    """A question whose choices get letters, answered by the letter of the right one."""
-    letters = tuple("ABCDEFGHIJ"[: len(choices)])
-    written = " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
-    return Example(f"{stem} Answer Choices: {written}", letters[right], letters)
-
-
-def big_bench(raw: Raw) -> dict[str, float]:
-    """The score of each choice, in the format of BIG-bench's files or that of its copy on the hub."""
-    if "target_scores" in raw:
-        scores = raw["target_scores"]
-    else:
-        scores = dict(zip(raw["multiple_choice_targets"], raw["multiple_choice_scores"], strict=True))
-    if sorted(scores.values())[-2:] != [0, 1]:
-        raise ValueError(f"the scores {scores} do not make one choice right")
-    return scores
-
-
-def question_of(raw: Raw) -> str:
-    return raw["input"] if "input" in raw else raw["inputs"]
-
-
-def coin_flips(count: int, seed: int) -> list[Raw]:
-    """Puzzles about four people, each of whom flips the coin or does not; half of all answers are yes on average."""
-    draw = random.Random(seed)
-    puzzles = []
-    for _ in range(count):
-        flips = [draw.random() < 0.5 for _ in range(4)]
-        acts = [
-            f"{name} {'flips' if flip else 'does not flip'} the coin."
-            for name, flip in zip(draw.sample(NAMES, 4), flips, strict=True)
-        ]
-        question = " ".join(["A coin is heads up.", *acts, "Is the coin still heads up?"])
-        answer = "no" if sum(flips) % 2 else "yes"
-        puzzles.append({"question": f'{question} Note that "flip" here means "reverse".', "answer": answer})
-    return puzzles
-
-
-# fmt: off
-NAMES = (
-    "Ada", "Amos", "Anna", "Basil", "Bruno", "Carla", "Cedric", "Clara", "Dora", "Edgar", "Edith", "Elena", "Emil",
-    "Erika", "Felix", "Flora", "Gloria", "Hector", "Helena", "Hugo", "Ida", "Igor", "Irene", "Jasper", "Jonas",
-    "Julia", "Karl", "Kira", "Laura", "Leo", "Lydia", "Marcus", "Mara", "Milo", "Nadia", "Nora", "Oscar", "Otto",
-    "Paula", "Petra", "Quentin", "Rita", "Roman", "Rosa", "Silas", "Sonia", "Stella", "Theo", "Ursula", "Vera",
-    "Victor", "Wanda", "Willa", "Xenia", "Yara", "Yusuf", "Zelda", "Zoe",
-)
-# fmt: on
-
-
-# The records of local files, by the name of each file, and of hub splits, by the name of each split.
-
-
-def question_files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise Refused(f"task.path={path} does not exist. The working folder is {Path.cwd()}. Give the full path.")
-    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.suffix in (".json", ".jsonl"))
-    if not files:
-        raise Refused(f"task.path={path} holds no .json or .jsonl file.")
-    return files
-
-
-def read_files(path: Path) -> dict[str, list[Raw]]:
-    found = {file.stem: _records(file) for file in question_files(path)}
-    if not any(found.values()):
-        raise Refused(f"task.path={path} holds no question.")
-    return found
-
-
-def _records(file: Path) -> list[Raw]:
-    """The objects of a JSON lines file, of a JSON list, or of the `examples` of a JSON object."""
-    try:
-        content = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
-            return [json.loads(line) for line in content.split("\n") if line.strip()]
-        found = json.loads(content)
-        if isinstance(found, dict):
-            found = found["Questions" if "Questions" in found else "examples"]  # FreebaseQA, and BIG-bench
-        return list(found)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise Refused(
-            f"{file} is not in a format of questions: {type(error).__name__}: {error}. Expected are JSON lines, a "
-            f"JSON list, or a JSON object with a list `examples` or `Questions`."
-        ) from error
-
-
-def alone(raws: dict[str, list[Raw]]) -> list[Raw]:
-    if len(raws) > 1:
-        raise Refused(f"the questions should be in one file, and there are {sorted(raws)}. Give the path of one.")
-    return next(iter(raws.values()))
-
-
-def every(raws: dict[str, list[Raw]]) -> list[Raw]:
-    """All records: of one file, or of all splits of the hub, whose own division is another."""
-    return [raw for name in sorted(raws) for raw in raws[name]]
-
-
-def named(raws: dict[str, list[Raw]], *words: str) -> list[Raw]:
-    """The records of the file or split whose name has one of the words."""
-    names = [name for name in raws if set(words) & set(re.split(r"[^a-z]+", name.lower()))]
-    if len(names) != 1:
-        raise Refused(f"one file or split named after {' or '.join(words)} is needed, and there are {sorted(raws)}.")
-    return raws[names[0]]
-
-
-def head_and_tail(raws: list[Raw], share: float) -> tuple[list[Raw], list[Raw]]:
-    """The first `share` of the records for training, the rest for testing."""
-    count = int(share * len(raws) + 1e-9)
-    return raws[:count], raws[count:]

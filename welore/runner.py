@@ -238,7 +238,7 @@ def _damage(found: dict[str, Any]) -> float | None:
 
 def _check_positions(model: PreTrainedModel, config: Config, benchmark: Benchmark) -> None:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    lengths = {benchmark.longest_key: benchmark.longest}
+    lengths = {benchmark.longest_key: benchmark.longest} if benchmark.longest is not None else {}
     if config.mode.trains:
         lengths["task.training.length"] = config.task.training.length
     if config.needs:

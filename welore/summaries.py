@@ -18,7 +18,7 @@ from welore.chat import said
 from welore.errors import Refused
 from welore.judged import Case, Judged
 from welore.judges import Request, in_range
-from welore.questions import read_files
+from welore.sources import read_files, reading_hub
 
 PROMPT = "Summarize the following news article in three sentences. Write the summary and nothing else.\n\n{article}"
 ASPECTS = {
@@ -86,14 +86,9 @@ class CnnDailyMail(Judged):
             return [raw for raws in read_files(Path(self.path)).values() for raw in raws]
         from datasets import load_dataset
 
-        try:
+        instead = "Give a local file of JSON lines with the fields article and highlights: task.path=FILE."
+        with reading_hub(f"the articles of {self.name}", self.repo, instead):
             return list(load_dataset(self.repo, self.subset, split=self.split))
-        except (OSError, ValueError) as error:  # a ConnectionError is an OSError
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Refused(
-                f"the articles of {self.name} are read from {self.repo} on the hub, which failed: {reason} Give a "
-                f"local file of JSON lines with the fields article and highlights: task.path=FILE."
-            ) from error
 
     def _parsed(self, number: int, raw: Any) -> tuple[str, str]:
         found = [raw.get(key) if isinstance(raw, dict) else None for key in ("article", "highlights")]

@@ -16,6 +16,7 @@ from welore.batches import Rows, evaluation_windows, training_rows
 from welore.cache import Cache, digest
 from welore.errors import Refused
 from welore.evaluate import Benchmark, Windows
+from welore.sources import reading_hub
 from welore.texts import hashed_split, local_split, shuffled, text_files
 
 SHUFFLED = ("train", "calibration")
@@ -173,20 +174,17 @@ class Hub(Texts):
 
         part, _, file = self.splits[split].partition(":")
         files = {"data_files": {part: file}} if file else {}
-        try:
+        instead = (
+            "Give a local copy: task.path=FILE_OR_FOLDER or calibration.path=FILE_OR_FOLDER (jsonl with a field "
+            "`text`, txt, or raw)."
+        )
+        with reading_hub(f"the texts of {self.name}", self.repo, instead):
             rows = load_dataset(self.repo, self.subset, split=part, streaming=True, revision=self.revision, **files)
             if split in SHUFFLED:
                 rows = rows.shuffle(seed=seed, buffer_size=10_000)
             for row in rows:
                 if text := row["text"].strip("\n"):
                     yield text
-        except (OSError, ValueError) as error:  # a ConnectionError is an OSError
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Refused(
-                f"the texts of {self.name} are read from {self.repo} on the hub, which failed: {reason} Give a local "
-                f"copy: task.path=FILE_OR_FOLDER or calibration.path=FILE_OR_FOLDER (jsonl with a field `text`, txt, "
-                f"or raw)."
-            ) from error
 
 
 @dataclass
