@@ -4,8 +4,8 @@ usage: python scripts/bench_questions.py [--task boolq] [--questions 96] [--batc
            [overrides of run.py, such as task.path=FOLDER err=0.3]
 
 One by one is what the published scripts do: every question alone, eight tokens written by `generate`, the answer read
-from them. Both take turns on the same questions: whole batches of neighbours in length, spread over all lengths. The verdicts of batches of one and of
-`--batch` are compared as well.
+from them. Both take turns on the same questions: whole batches of neighbours in length, spread over all lengths. The
+verdicts of batches of one and of `--batch` are compared as well.
 """
 
 import argparse
