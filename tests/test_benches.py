@@ -42,8 +42,15 @@ def test_the_parts_of_a_step_are_measured_for_both_modes(tmp_path):
 
 
 @pytest.mark.slow
-def test_modes_are_measured_at_the_largest_batch_of_a_budget(tmp_path):
+def test_the_faster_of_two_at_the_largest_batch_of_a_budget_is_the_best(tmp_path):
+    plain, again = figures("equal_memory", tmp_path, "--gib", "0.005", "--modes", "welore", "--length=32")["rows"]
+    assert 0 < plain["largest batch"] < again["largest batch"] and plain["measured GiB"] > 0
+    assert all(row["batch"] == row["largest batch"] for row in (plain, again))
+    assert plain["best"] == (plain["tokens_per_second"] > again["tokens_per_second"]) != again["best"]
+
+
+@pytest.mark.slow
+def test_a_batch_cut_short_of_its_budget_is_no_best(tmp_path):
     sizes = ("--gib", "0.1", "--modes", "welore", "--length=32", "--most=2")
     plain, again = figures("equal_memory", tmp_path, *sizes)["rows"]
-    assert plain["largest batch"] < again["largest batch"] and plain["batch"] == again["batch"] == 2
-    assert plain["best"] != again["best"] and plain["measured GiB"] > 0
+    assert plain["batch"] == again["batch"] == 2 and not plain["best"] and not again["best"]
