@@ -3,22 +3,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
+# One process a core, each with one thread of torch.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
 # Where there is no NVIDIA driver a CPU build of torch is wanted. Where pip would choose another, the installation
 # stops and says so; TORCH_INDEX=ADDRESS then names the index of the CPU builds.
 TORCH_INDEX ?=
 TORCH_CHECK ?= scripts/check_torch.py
 TORCH = 'torch>=2.6,<2.14' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: .venv/ready      # compress, tune and measure the default model
 	$(BIN)/python run.py
 
 test: .venv/ready      # the default tests: offline, seeded
-	$(BIN)/python -m pytest -m "not slow and not real"
+	$(PYTEST) -m "not slow and not real"
 
-test-all: .venv/ready  # also the tests with kills and sweeps, and those on the real model and texts
-	$(BIN)/python -m pytest
+test-slow: .venv/ready # the tests with kills and sweeps, and those on the real model and texts
+	$(PYTEST) -m "slow or real"
 
 lint: .venv/ready      # style, and the one-way imports
 	$(BIN)/ruff check .

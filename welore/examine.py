@@ -77,13 +77,8 @@ class Exam(Benchmark):
     longest_key = "the longest question and its answer: tokens"
 
     def __init__(self, items: list[Item], practice: list[Item], tokenizer: Any, sitting: Sitting, title: str):
-        self.items, self.practice, self.tokenizer, self.sitting, self.title = (
-            items,
-            practice,
-            tokenizer,
-            sitting,
-            title,
-        )
+        self.items, self.practice = items, practice
+        self.tokenizer, self.sitting, self.title = tokenizer, sitting, title
         self.prompts = self.encoded(items)
         self.longest = sitting.new_tokens + max(map(len, self.prompts))
 
