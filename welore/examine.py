@@ -21,6 +21,7 @@ from welore.counts import wilson
 from welore.evaluate import Benchmark, Outcome, autocast, float32_logits
 
 PASS_TOKENS = 8192  # of one pass, padding included
+CPU_TOKENS = 1024  # of a pass without a cache: activations of more leave the caches of a CPU, and it gets slower
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ class Exam(Benchmark):
             wanted.setdefault(tuple(ids[:-1]), []).append((place, option, start, ids[-1]))
         sequences = [list(ids) for ids in wanted]
         found: list[dict[str, float]] = [{} for _ in items]
-        for places in _passes(sequences, self.sitting.batch, f"{stage} options"):
+        tokens = CPU_TOKENS if next(model.parameters()).device.type == "cpu" else PASS_TOKENS
+        for places in _passes(sequences, self.sitting.batch, f"{stage} options", tokens):
             self._score_pass(model, dtype, [sequences[p] for p in places], list(wanted.values()), places, found)
         return [{option: scores[option] for option in item.options} for scores, item in zip(found, items, strict=True)]
 
@@ -227,12 +229,14 @@ def _defaults(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None
         model.generation_config = before
 
 
-def _passes(sequences: Sequence[Sequence[int]], batch: int, title: str) -> Iterator[list[int]]:
+def _passes(
+    sequences: Sequence[Sequence[int]], batch: int, title: str, tokens: int = PASS_TOKENS
+) -> Iterator[list[int]]:
     """The places of at most `batch` sequences of similar lengths, the longest first, so that memory peaks at once."""
     order = sorted(range(len(sequences)), key=lambda place: -len(sequences[place]))
     bar = tqdm(total=len(order), desc=title, unit="question", leave=False)
     while order:
-        size = max(1, min(batch, PASS_TOKENS // len(sequences[order[0]])))
+        size = max(1, min(batch, tokens // len(sequences[order[0]])))
         places, order = order[:size], order[size:]
         yield places
         bar.update(len(places))
