@@ -1,24 +1,25 @@
 """Tables and figures from records: python -m experiments [NAME [scale=laptop|paper] [outputs=FOLDER] [overrides]]
 
-Without a name: every artefact with its cells and cost. With overrides the missing cells run first.
+Without a name: every artefact with its cells and cost. With overrides the missing cells run first. The name `report`
+stands for one page of them all.
 """
 
-import importlib
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 
-from experiments.cells import Cell, Row, check_infrastructure, default_outputs, find, launch
+from experiments import report
+from experiments.artefacts import SCALES, about, gather, load, names
+from experiments.cells import Cell, Runs, check_infrastructure, default_outputs, launch
+from experiments.memo import remembered
 from experiments.page import Page
 from welore import plots
 from welore.errors import Refused
 from welore.explain import explain
+from welore.records import records
 
-SCALES = ("laptop", "paper")
+REPORT = "report"
 
 
 @dataclass
@@ -29,16 +30,6 @@ class Request:
     scale: str
     outputs: str
     overrides: list[str]
-
-
-def names() -> list[str]:
-    """The modules here that are named after a table or a figure of the paper, and the comparisons that it lacks."""
-    found = [path.stem for path in Path(__file__).parent.glob("*.py")]
-    return sorted(
-        name
-        for name in found
-        if re.fullmatch(r"(v\d_)?(table|figure)\d+|equal_budget|ablation|who_learns|recover", name)
-    )
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -55,32 +46,17 @@ def parse(arguments: Sequence[str]) -> Request:
         raise Refused(f"scale={request.scale} is unknown. Write scale={' or scale='.join(SCALES)}.")
     if request.name is None and request.overrides:
         raise Refused(f"{request.overrides[0]} needs an artefact: python -m experiments NAME {request.overrides[0]}")
+    if request.name == REPORT and request.overrides:
+        raise Refused(f"the report starts no run: leave out {' '.join(request.overrides)}, or name one artefact.")
     return request
 
 
-def load(name: str) -> ModuleType:
-    if name not in names():
-        near = get_close_matches(name, names(), 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise Refused(f"there is no artefact {name}.{hint} There are {', '.join(names())}.")
-    return importlib.import_module(f"experiments.{name}")
+def read(request: Request, name: Callable[[Cell], str]) -> Runs:
+    """The runs that a request is about."""
+    return Runs.of(records(Path(request.outputs)), name)
 
 
-def about(artefact: ModuleType) -> tuple[str, str]:
-    """The caption and the cost, as its docstring says them."""
-    lines = [line for line in artefact.__doc__.splitlines() if line]
-    return lines[0], lines[1]
-
-
-def gather(artefact: ModuleType, scale: str, outputs: str) -> list[Row]:
-    """The cells of an artefact with their runs; after them those that follow from what these have found, if any do."""
-    rows = find(artefact.cells(scale), outputs, artefact.NEEDS)
-    if not hasattr(artefact, "then"):
-        return rows
-    return rows + find(artefact.then(scale, rows), outputs, artefact.NEEDS)
-
-
-def listing(outputs: str) -> str:
+def listing(runs: Runs) -> str:
     """Every artefact with its caption, its cells done and missing at each scale, and its cost."""
     lines = []
     for name in names():
@@ -88,7 +64,7 @@ def listing(outputs: str) -> str:
         caption, cost = about(artefact)
         lines += [f"{name:13}{caption}", f"{'':13}{cost}"]
         for scale in SCALES:
-            rows = gather(artefact, scale, outputs)
+            rows = gather(artefact, scale, runs)
             missing = sum(row.missing for row in rows)
             more = ", more may follow from them" if missing and hasattr(artefact, "then") else ""
             lines.append(f"{'':13}{scale:8}{len(rows) - missing} done, {missing} missing{more}")
@@ -107,16 +83,16 @@ def write(page: Page, caption: str, name: str, folder: Path) -> list[Path]:
     return paths
 
 
-def show(request: Request) -> int:
+def show(request: Request, known: Callable[[Cell], str]) -> int:
     """Print an artefact; write it if it is whole. The exit status: 1 where cells are missing."""
     artefact = load(request.name)
     check_infrastructure(request.overrides)
-    rows = gather(artefact, request.scale, request.outputs)
+    rows = gather(artefact, request.scale, read(request, known))
     tried: list[Cell] = []
     while request.overrides and (new := [row for row in rows if row.missing and row.cell not in tried]):
         launch(new, request.name, request.outputs, request.overrides)
         tried += [row.cell for row in new]
-        rows = gather(artefact, request.scale, request.outputs)
+        rows = gather(artefact, request.scale, read(request, known))
     page, name = artefact.render(rows), f"{request.name}-{request.scale}"
     caption = about(artefact)[0]
     print(page.markdown(caption, name))
@@ -132,10 +108,14 @@ def show(request: Request) -> int:
 def main(arguments: Sequence[str]) -> int:
     try:
         request = parse(arguments)
-        if request.name is None:
-            print(listing(request.outputs))
-            return 0
-        return show(request)
+        with remembered(request.outputs) as known:
+            if request.name is None:
+                print(listing(read(request, known)))
+                return 0
+            if request.name == REPORT:
+                print("written:", report.write(read(request, known), request.outputs))
+                return 0
+            return show(request, known)
     except Exception as error:
         return explain(error)
 

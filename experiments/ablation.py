@@ -14,7 +14,7 @@ from statistics import mean, stdev
 
 from experiments.cells import Cell, Row
 from experiments.compare import budget, measured
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from experiments.scales import MODELS, setting
 from welore import metrics
 from welore.report import number
@@ -97,7 +97,7 @@ def _line(runs: Runs, variant: str, keep: float) -> list[str]:
         *line,
         *budget(first),
         number(first.number(metrics.DENSE_PERPLEXITY), 2),
-        f"{nats:.3f}{spread}",
+        cited(f"{nats:.3f}{spread}", done),
         gain,
         number(ratio(done), 2),
         number(max(row.number(metrics.COMPRESS_SECONDS) for row in done), 0),

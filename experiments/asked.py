@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 from experiments import compare
 from experiments.cells import Row
-from experiments.page import Outcomes
+from experiments.page import Outcomes, cited
 from experiments.tuning import Study
 from welore import metrics
 from welore.counts import above_chance, mcnemar, wilson
@@ -73,7 +73,7 @@ def values(study: Study) -> list[str]:
     error = f" ± {stdev(shares) / math.sqrt(len(shares)):.1f}" if len(shares) > 1 else ""
     chosen = "—" if study.chosen is None else f"{study.chosen:g}"
     return [
-        f"{mean(shares):.1f}{error}",
+        cited(f"{mean(shares):.1f}{error}", done),
         f"{', '.join(str(row.number(metrics.TUNED_CORRECT)) for row in done)} / {questions}",
         f"{100 * low:.1f} to {100 * high:.1f}",
         percent(_mean(done, metrics.TUNED_OPTION_ACCURACY)),

@@ -5,7 +5,7 @@ import math
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -108,18 +108,36 @@ def overrides_of(cell: Cell) -> list[str]:
     return Sweep({key: [value] for key, value in cell.items()}).overrides()
 
 
+@dataclass(frozen=True)
+class Runs:
+    """The run of each fingerprint with its folder, and how the fingerprint of a cell is found."""
+
+    latest: dict[str, tuple[Path, Record]]
+    name: Callable[[Cell], str] = fingerprint_of
+
+    @classmethod
+    def of(cls, found: Iterable[tuple[Path, Record]], name: Callable[[Cell], str] = fingerprint_of) -> "Runs":
+        """Of several runs of one fingerprint the last that is finished, or else the first."""
+        latest: dict[str, tuple[Path, Record]] = {}
+        for folder, record in found:
+            if record.status == "done" or record.fingerprint not in latest:
+                latest[record.fingerprint] = folder, record
+        return cls(latest, name)
+
+    def find(self, cells: Sequence[Cell], needs: Sequence[str] = ()) -> list[Row]:
+        """Each cell with its run: the finished record of its fingerprint, in a folder that holds the files `needs`."""
+        return [_row(cell, *self._run(cell), needs) for cell in cells]
+
+    def _run(self, cell: Cell) -> tuple[Path | None, Record | None]:
+        return self.latest.get(self.name(cell), (None, None)) if self.latest else (None, None)
+
+
 def find(cells: Sequence[Cell], outputs: str, needs: Sequence[str] = ()) -> list[Row]:
-    """Each cell with its run: the finished record of the same fingerprint, whose folder holds the files in `needs`."""
-    latest: dict[str, tuple[Path, Record]] = {}
-    for folder, record in records(Path(outputs)):
-        if record.status == "done" or record.fingerprint not in latest:
-            latest[record.fingerprint] = folder, record
-    return [_row(cell, latest, needs) for cell in cells]
+    """Each cell with its run in a folder of outputs."""
+    return Runs.of(records(Path(outputs))).find(cells, needs)
 
 
-def _row(cell: Cell, latest: dict[str, tuple[Path, Record]], needs: Sequence[str]) -> Row:
-    name = fingerprint_of(cell)
-    folder, record = latest.get(name, (None, None))
+def _row(cell: Cell, folder: Path | None, record: Record | None, needs: Sequence[str]) -> Row:
     if record is None:
         return Row(cell, why="never run")
     if record.status != "done":

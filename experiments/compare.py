@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from experiments.cells import Row
-from experiments.page import Outcomes
+from experiments.page import Outcomes, cited
 from welore import metrics
 from welore.report import number
 
@@ -15,7 +15,7 @@ def entry(row: Row) -> str:
     """The perplexity of a row with the budget that it was reached in."""
     if row.diverged:
         return "diverged"
-    return "missing" if row.record is None else f"{perplexity(row)} ({', '.join(budget(row))})"
+    return "missing" if row.record is None else cited(f"{perplexity(row)} ({', '.join(budget(row))})", [row])
 
 
 def perplexity(row: Row) -> str:

@@ -14,7 +14,7 @@ from itertools import product
 
 from experiments.cells import Cell, Row
 from experiments.compare import budget, dense, joined, least, measured, perplexity
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from experiments.scales import MODELS, calibrated_on, setting, texts
 from welore import metrics
 from welore.plots import diagonal_figure, lines_figure
@@ -78,7 +78,7 @@ def _line(row: Row) -> list[str]:
     if row.record is None:
         return [*line, "—", "—", "—", "—", "missing", "—", "—", "—"]
     damage = [number(row.number(metric), 3) for metric in (metrics.PREDICTED_NATS, metrics.NATS)]
-    return [*line, *budget(row), dense([row]), perplexity(row), *damage, number(_ratio(row), 2)]
+    return [*line, *budget(row), dense([row]), cited(perplexity(row), [row]), *damage, number(_ratio(row), 2)]
 
 
 def _ratio(row: Row) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from experiments import spectra
 from experiments.cells import Cell, Row
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from experiments.spectra import Cut, mean, read_cut
 from welore.plots import by_component, spectra_figure
 
@@ -29,7 +29,7 @@ def render(rows: Sequence[Row]) -> Page:
     )
     if cut is None:
         return Page(header, [], [], [claim])
-    body = [_line(component, shares) for component, shares in by_component(cut.above).items()]
+    body = [_line(cited(component, rows), shares) for component, shares in by_component(cut.above).items()]
     factored = {name: rank is not None for name, rank in cut.ranks.items()}
     figure = spectra_figure({n: s.tolist() for n, s in cut.spectra.items()}, factored, cut.threshold, cut.title)
     return Page(header, body, cut.notes, [claim], {"": figure})

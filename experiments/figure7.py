@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from experiments import spectra
 from experiments.cells import Cell, Row
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from experiments.spectra import Cut, mean, read_cut
 from welore.plots import by_component, rank_ratio_figure
 
@@ -31,7 +31,7 @@ def render(rows: Sequence[Row]) -> Page:
     ]
     if cut is None:
         return Page(header, [], [], claims)
-    body = [_line(component, ratios) for component, ratios in by_component(cut.ratios).items()]
+    body = [_line(cited(component, rows), ratios) for component, ratios in by_component(cut.ratios).items()]
     return Page(header, body, cut.notes, claims, {"": rank_ratio_figure(cut.ratios, cut.title)})
 
 

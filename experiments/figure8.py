@@ -14,7 +14,7 @@ from itertools import product
 
 from experiments.cells import Cell, Row
 from experiments.compare import below, budget, dense, joined, measured, perplexity
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from experiments.scales import MODELS, setting
 from welore import metrics
 from welore.plots import lines_figure
@@ -66,13 +66,13 @@ def _increase(row: Row, before: Row) -> float | None:
 def _line(place: tuple[float, str, float], row: Row, before: Row) -> list[str]:
     err, pruner, sparsity = place
     line = [f"{err:g}", pruner, f"{sparsity:g}"]
-    start = "missing" if before.record is None else perplexity(before)
+    start = "missing" if before.record is None else cited(perplexity(before), [before])
     if row.record is None:
         return [*line, *["—"] * 5, dense([row, before]), start, "missing", "—"]
     zeros = [number(row.number(m), 3) for m in (metrics.SPARSITY, metrics.N_LRC_SPARSITY)]
     increase = _increase(row, before)
     written = "—" if increase is None or math.isnan(increase) else f"{increase:+,.2f}"
-    return [*line, *budget(row), *zeros, dense([row, before]), start, perplexity(row), written]
+    return [*line, *budget(row), *zeros, dense([row, before]), start, cited(perplexity(row), [row]), written]
 
 
 def _figure(increases: Increases, rows: Sequence[Row]):

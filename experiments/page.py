@@ -1,6 +1,6 @@
 """An artefact on paper: a table or figure, what the paper claims about it, and whether that holds on our rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,8 +9,23 @@ from welore.report import latex, latex_figure, markdown
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from experiments.cells import Row
+
 # Whether a comparison comes out as claimed, by where it was made; None where a number for it is missing.
 Outcomes = dict[str, bool | None]
+
+
+class Cited(str):
+    """Text of a table with the fingerprints of the runs that it says something of."""
+
+    runs: tuple[str, ...]
+
+
+def cited(text: str, rows: "Iterable[Row]") -> str:
+    """The text with the runs behind it; bare where none of the rows has a run."""
+    entry = Cited(text)
+    entry.runs = tuple(dict.fromkeys(row.record.fingerprint for row in rows if row.record))
+    return entry if entry.runs else text
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from statistics import fmean
 from experiments.asked import SURE, verdicts
 from experiments.cells import Cell, Row
 from experiments.compare import budget, measured
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from experiments.scales import MODELS, calibrated_on, judge, local
 from welore import metrics
 from welore.counts import mcnemar, wilson
@@ -174,7 +174,8 @@ def _line(task: str, method: str, row: Row, dense: Row) -> list[str]:
     if row.missing:
         return [*labels, *["—"] * 3, "missing", *["—"] * 4]
     p = "—" if method == "dense" or dense.missing else f"{kind.differs(row, dense):.3g}"
-    return [*labels, *budget(row), number(kind.value(row), kind.digits), *kind.shown(row), p]
+    ours = cited(number(kind.value(row), kind.digits), [row])
+    return [*labels, *budget(row), ours, *kind.shown(row), p]
 
 
 def claims(found: Found) -> list[Claim]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from experiments.cells import Cell, Row
 from experiments.compare import budget, dense, measured
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from experiments.scales import MODELS, setting
 from welore import metrics
 from welore.inference import cache_bytes
@@ -57,7 +57,7 @@ def render(rows: Sequence[Row]) -> Page:
     first = [name, "dense", "0.000", "1.000", f"{parameters[DENSE] / 1e6:,.1f}M"]
     body = [_line(first, DENSE, parameters, needed)]
     for row in rows:
-        start = [name, f"{row.cell['err']:g}", *(budget(row) if row.record else ["—", "—", "missing"])]
+        start = [name, f"{row.cell['err']:g}", *(_budget(row) if row.record else ["—", "—", "missing"])]
         body.append(_line(start, row.cell["err"], parameters, needed))
     notes = [
         "ours: parameters, and keys and values of one sequence, in 16 bits; no activations, no CUDA context",
@@ -66,6 +66,11 @@ def render(rows: Sequence[Row]) -> Page:
         *measured(rows),
     ]
     return Page(header, body, notes, claims(name, needed))
+
+
+def _budget(row: Row) -> list[str]:
+    err, keep, parameters = budget(row)
+    return [err, keep, cited(parameters, [row])]
 
 
 def _line(start: list[str], err: float, parameters: dict[float, int], needed: Needed) -> list[str]:

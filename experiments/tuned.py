@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from experiments.cells import Row
 from experiments.compare import below, budget, joined, measured, ratio
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from experiments.tuning import FACTORS, Study, curve, surely_below, validation_curve
 from welore import metrics
 from welore.measure import GIB
@@ -39,7 +39,7 @@ def values(study: Study) -> list[str]:
     grid = ", ".join(f"{rate:g}" for rate in sorted(study.grid))
     return [
         *line,
-        f"{_written(study.perplexity)}{error}",
+        cited(f"{_written(study.perplexity)}{error}", study.runs),
         str(len(study.runs)),
         f"{chosen} of {grid}",
         study.edge,

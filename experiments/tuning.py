@@ -16,7 +16,7 @@ from experiments.cells import Cell, Row
 from experiments.scales import VOCABULARY
 from welore import metrics
 from welore.config import compose
-from welore.history import HISTORY, read_history
+from welore.records import HISTORY, read_history
 
 NEEDS = (HISTORY,)
 FACTORS = (0.25, 1.0, 4.0)  # of the learning rate that a mode has by default

@@ -30,10 +30,10 @@ from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.evaluate import frozen_weights_in
 from welore.fit import fit
-from welore.history import read_history
 from welore.measure import WARM_UP_STEPS, Throughput, give_back, synchronize
 from welore.modes import adapted, select
 from welore.module import Tuner
+from welore.records import read_history
 from welore.runner import environment
 
 Turn = tuple[list[float], list[float]]  # seconds and loss of every step

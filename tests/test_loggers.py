@@ -11,7 +11,8 @@ from wandb.proto import wandb_internal_pb2
 from welore import metrics
 from welore.config import compose, to_config
 from welore.errors import Refused
-from welore.history import History, read_history
+from welore.history import History
+from welore.records import read_history
 from welore.runner import run
 
 HEADER, BLOCK = 7, 32768

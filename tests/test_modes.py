@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from welore.errors import Refused
-from welore.history import read_history
 from welore.lowrank import LowRankLinear
 from welore.models import components, count_parameters
 from welore.modes import norm_parameters, select
 from welore.ranks import Budget
+from welore.records import read_history
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 GALORE = ("mode=galore", "mode.rank=8", "mode.gap=2")

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from welore.evaluate import perplexity
-from welore.history import read_history
 from welore.models import components
+from welore.records import read_history
 
 
 def lines(folder, key):

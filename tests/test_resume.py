@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 from welore.config import compose, to_config
 from welore.errors import Interrupted
-from welore.history import read_history
 from welore.module import Tuner
-from welore.records import Record
+from welore.records import Record, read_history
 from welore.runner import run
 
 SMALL = [

@@ -8,14 +8,14 @@ import pytest
 
 from experiments import figure4, figure5, recover, table4, table5, tuned, tuning, who_learns
 from experiments.__main__ import gather, load, main
-from experiments.cells import Row, find, fingerprint_of, overrides_of
+from experiments.cells import Row, Runs, find, fingerprint_of, overrides_of
 from experiments.page import verdict
 from experiments.scales import VOCABULARY
 from experiments.tuning import studies, surely_below, then
 from welore import metrics
 from welore.config import compose, to_config
 from welore.plots import save
-from welore.records import Record
+from welore.records import Record, records
 from welore.runner import run
 
 NAMES = ["table4", "table5", "figure4", "figure5", "who_learns", "recover"]
@@ -329,7 +329,7 @@ def test_the_seeds_are_asked_for_after_the_grid(tmp_path, capsys):
         row = made(tmp_path / "made", cell, best_at_default(cell))
         row.record.fingerprint = fingerprint_of(cell)
         row.record.save(row.folder)
-    rows = gather(figure4, "laptop", str(tmp_path))
+    rows = gather(figure4, "laptop", Runs.of(records(tmp_path)))
     assert [row.missing for row in rows] == [False] * 6 + [True] * 4
     assert main(["figure4", f"outputs={tmp_path}"]) == 1
     commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python run.py ")]

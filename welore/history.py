@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-HISTORY = "history.jsonl"
+from welore.records import HISTORY, read_history
 
 
 class History(Logger):
@@ -35,15 +35,3 @@ class History(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
-
-
-def read_history(folder: Path) -> list[dict[str, float]]:
-    """The logged steps of a run, in order; a line cut short by a kill is left out."""
-    lines = []
-    path = folder / HISTORY
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 FILE = "record.json"
+HISTORY = "history.jsonl"  # one line for each logged step, written as they come
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,18 @@ def records(root: Path) -> list[tuple[Path, Record]]:
     """Every readable record under `root` with its run folder, those that failed too, the earliest first."""
     found = [(path.parent, Record.read(path.parent)) for path in root.rglob(FILE)]
     return sorted(((f, r) for f, r in found if r is not None), key=lambda pair: (pair[1].started, pair[0]))
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """The logged steps of a run, in order; a line cut short by a kill is left out."""
+    lines = []
+    path = folder / HISTORY
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,265 @@
+"""One page of all that was measured: every artefact beside the paper, and every run with its curves and its origin.
+
+It is a single file without server or network: styles, script, pictures and records are inside it.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+
+import yaml
+
+from experiments import markup
+from experiments.artefacts import SCALES, about, gather, load, names
+from experiments.cells import Row, Runs
+from experiments.page import Page
+from welore import metrics
+from welore.records import Record, read_history
+from welore.report import STAGES, number
+
+FILE = "report.html"
+CURVES = (metrics.TRAIN_LOSS, metrics.VALIDATION_PERPLEXITY)
+POINTS = 150  # of a curve, and of a small one
+SMALL = 40
+
+
+def write(runs: Runs, outputs: str) -> Path:
+    """Write the page of these runs beside them; its path."""
+    sheets = [sheet for name in names() for sheet in _sheets(name, runs, outputs)]
+    path = Path(outputs) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(sheets, runs), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """An artefact at one scale. Where it cannot be rendered, `page` is None and `fault` says why."""
+
+    name: str
+    scale: str
+    caption: str
+    cost: str
+    rows: list[Row]
+    page: Page | None
+    fault: str
+    outputs: str
+
+    @property
+    def missing(self) -> list[Row]:
+        return [row for row in self.rows if row.missing]
+
+    @property
+    def done(self) -> int:
+        return len(self.rows) - len(self.missing)
+
+    @property
+    def states(self) -> list[str]:
+        return [] if self.page is None else [markup.state(claim.ours) for claim in self.page.claims]
+
+
+def _sheets(name: str, runs: Runs, outputs: str) -> list[Sheet]:
+    artefact = load(name)
+    caption, cost = about(artefact)
+    sheets = []
+    for scale in SCALES:
+        page, fault, rows = None, "", []
+        try:
+            rows = gather(artefact, scale, runs)
+            page = artefact.render(rows)
+        except Exception as error:  # one record of another time must not cost the page
+            fault = f"{type(error).__name__}: {error}"
+        sheets.append(Sheet(name, scale, caption, cost, rows, page, fault, outputs))
+    return sheets
+
+
+def page(sheets: Sequence[Sheet], runs: Runs) -> str:
+    """The whole document."""
+    names = dict.fromkeys(sheet.name for sheet in sheets)
+    by_name = {name: [sheet for sheet in sheets if sheet.name == name] for name in names}
+    return _file("report.html").format(
+        style=_file("report.css"),
+        script=_file("report.js"),
+        made=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+        counts=_counts(sheets, runs),
+        contents="".join(f'<li><a href="#{name}">{_title(both[0])}</a></li>' for name, both in by_name.items()),
+        overview=_overview(by_name),
+        artefacts="\n".join(_section(name, both) for name, both in by_name.items()),
+        total=f"{len(runs.latest):,}",
+        runs="\n".join(_line(folder, record) for folder, record in runs.latest.values()),
+        data=_data(runs),
+    )
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+def _counts(sheets: Sequence[Sheet], runs: Runs) -> str:
+    failed = sum(record.status != "done" for _, record in runs.latest.values())
+    states = [state for sheet in sheets if sheet.done for state in sheet.states]
+    whole = sum(not sheet.missing and not sheet.fault for sheet in sheets)
+    facts = [
+        (len(runs.latest) - failed, "runs done"),
+        (failed, "runs failed"),
+        (whole, "artefacts whole"),
+        *((states.count(state), f"claims: {title}") for state, title in markup.TITLES.items()),
+    ]
+    return "".join(f"<div><dt>{title}</dt><dd>{count:,}</dd></div>" for count, title in facts)
+
+
+def _title(sheet: Sheet) -> str:
+    return escape(sheet.caption.partition(":")[0])
+
+
+def _text(sheet: Sheet) -> str:
+    text = sheet.caption.partition(":")[2].strip()
+    return escape(text[:1].upper() + text[1:])
+
+
+def _overview(by_name: dict[str, list[Sheet]]) -> str:
+    lines = []
+    for name, sheets in by_name.items():
+        title, text = f'<a href="#{name}">{_title(sheets[0])}</a>', _text(sheets[0])
+        cells = [f'<th scope="row">{title} <small>{text}</small></th>']
+        cells += [f'<td class="number">{sheet.done} of {len(sheet.rows)}</td>' for sheet in sheets]
+        states = [state for sheet in sheets if sheet.done for state in sheet.states]
+        badges = [markup.badge(s, f"{states.count(s)} {markup.TITLES[s]}") for s in markup.TITLES if s in states]
+        lines.append(f"<tr>{''.join(cells)}<td>{' '.join(badges)}</td></tr>")
+    return "\n".join(lines)
+
+
+def _section(name: str, sheets: Sequence[Sheet]) -> str:
+    begun = any(sheet.done for sheet in sheets)
+    blocks = [_scale(sheet, bool(sheet.done) or not begun and sheet.scale == SCALES[0]) for sheet in sheets]
+    return (
+        f'<section class="artefact" id="{name}"><h3>{_title(sheets[0])}</h3>\n'
+        f'<p class="lead">{_text(sheets[0])}</p><p class="cost">{escape(sheets[0].cost)}</p>\n'
+        f"{''.join(blocks)}</section>"
+    )
+
+
+def _scale(sheet: Sheet, opened: bool) -> str:
+    title = f"<b>{sheet.scale} scale</b> <span>{sheet.done} of {len(sheet.rows)} runs</span>"
+    parts = [_rendered(sheet.page, f"{sheet.name} at {sheet.scale} scale")] if sheet.page else []
+    if sheet.fault:
+        parts.append(f'<p class="fault">It cannot be shown: {escape(sheet.fault)}</p>')
+    if sheet.missing:
+        parts.append(_missing(sheet))
+    return markup.folded(title, "\n".join(parts), opened, "scale")
+
+
+def _rendered(page: Page, name: str) -> str:
+    pictures = [markup.image(figure, name + suffix) for suffix, figure in page.figures.items()]
+    table = [markup.table(page.header, page.body, name)] if page.body else []
+    notes = [markup.folded("How it was measured", markup.listed(page.notes))] if page.notes else []
+    return "\n".join([*pictures, *table, markup.claims(page.claims, page.claimant), *notes])
+
+
+def _missing(sheet: Sheet) -> str:
+    scale = "" if sheet.scale == SCALES[0] else f" scale={sheet.scale}"
+    all_of_them = f"python -m experiments {sheet.name}{scale} logger=offline"
+    single = [f"{row.command(sheet.name, sheet.outputs)}  # {row.why}" for row in sheet.missing]
+    name = f"commands for {sheet.name} at {sheet.scale} scale"
+    content = f"<p>All of them: <code>{escape(all_of_them)}</code></p>\n{markup.commands(single, name)}"
+    return markup.folded(f"{len(single)} of {len(sheet.rows)} runs are missing: the commands", content)
+
+
+# Runs.
+
+
+def _named(record: Record, group: str) -> str:
+    return str(record.config[group]["name"]) if group in record.config else "—"
+
+
+def asked(record: Record) -> str:
+    """The budget as it was asked for."""
+    given = [f"{key}={record.config[key]:g}" for key in ("err", "keep", "bytes", "flops") if record.config.get(key)]
+    return " ".join(given) or "as given"
+
+
+def results(record: Record) -> list[str]:
+    """Of the dense, compressed and tuned model: perplexity, or else the share of right answers or the score."""
+    found = record.metrics
+    measures = (("perplexity", 2, 1, ""), ("accuracy", 1, 100, " %"), ("score", 2, 1, " of 10"))
+    for key, digits, factor, unit in measures:
+        values = [found.get(f"{stage}/{key}") for stage in STAGES]
+        if any(value is not None for value in values):
+            return ["—" if v is None else f"{number(factor * v, digits)}{unit}" for v in values]
+    return ["—"] * len(STAGES)
+
+
+def _line(folder: Path, record: Record) -> str:
+    """A run in the list, with what the search looks at."""
+    groups = {group: _named(record, group) for group in ("model", "svd", "ranks", "mode", "task")}
+    words = [*(f"{group}={name}" for group, name in groups.items()), *asked(record).split()]
+    words += [f"seed={record.config['seed']}"] if "seed" in record.config else []
+    words += [f"group={record.config.get('group') or 'none'}", f"status={record.status}", record.fingerprint]
+    loss = markup.thinned(_curve(folder, metrics.TRAIN_LOSS.key), SMALL)
+    cells = [
+        ("run", f'<a href="#run={record.fingerprint}">{record.fingerprint}</a>'),
+        ("model", escape(groups["model"])),
+        ("method", escape(f"{groups['svd']} · {groups['ranks']}")),
+        ("budget", escape(asked(record))),
+        ("mode", escape(groups["mode"])),
+        ("task", escape(groups["task"])),
+        *zip(STAGES, map(escape, results(record)), strict=True),
+        ("loss", markup.sparkline(loss, "training loss by step")),
+        ("status", markup.badge("holds" if record.status == "done" else "fails", record.status)),
+    ]
+    shown = "".join(f'<td data-label="{label}"{_right(label)}>{content}</td>' for label, content in cells)
+    return f'<tr data-run="{record.fingerprint}" data-words="{escape(" ".join(words).lower())}">{shown}</tr>'
+
+
+def _right(label: str) -> str:
+    return ' class="number"' if label in STAGES else ""
+
+
+def _curve(folder: Path, key: str) -> markup.Points:
+    return [(line["step"] + 1, line[key]) for line in read_history(folder) if line.get(key) is not None]
+
+
+def _data(runs: Runs) -> str:
+    """What a run is shown with, as JSON; lines of configs are kept once, for most runs share most of theirs."""
+    facts: dict[str, int] = {}
+    shown = {}
+    for folder, record in runs.latest.values():
+        config = [facts.setdefault(fact, len(facts)) for fact in flat(record.config)]
+        curves = {metric.key: markup.thinned(_curve(folder, metric.key), POINTS) for metric in CURVES}
+        shown[record.fingerprint] = {
+            "folder": str(folder),
+            "status": record.status,
+            "error": record.error,
+            "commit": record.commit,
+            "started": record.started,
+            "seconds": round(record.seconds, 1),
+            "command": command(folder),
+            "environment": record.environment,
+            "metrics": record.metrics,
+            "config": config,
+            "curves": {key: points for key, points in curves.items() if points},
+        }
+    titles = {m.key: m.title for m in vars(metrics).values() if isinstance(m, metrics.Metric)}
+    data = json.dumps({"facts": list(facts), "titles": titles, "runs": shown}, separators=(",", ":"))
+    return data.replace("<", "\\u003c")  # no text of a record ends the element that holds it
+
+
+def flat(config: dict, prefix: str = "") -> list[str]:
+    """Every key of a config with its value, such as `task.training.lr=0.0005`."""
+    lines = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        lines += flat(value, f"{name}.") if isinstance(value, dict) else [f"{name}={json.dumps(value)}"]
+    return lines
+
+
+def command(folder: Path) -> str | None:
+    """How the run was started, as Hydra noted it; None where it noted nothing."""
+    try:
+        overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return None
+    return " ".join(["python run.py", *map(str, overrides)])
