@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -128,6 +128,28 @@ def _describe(model: PreTrainedModel) -> None:
         model.config.quantization_config = WeloreConfig(ranks)
     elif isinstance(getattr(model.config, "quantization_config", None), WeloreConfig):
         del model.config.quantization_config
+
+
+def describe(model: PreTrainedModel, folder: Path) -> None:
+    """Write the `config.json` from which `blank` builds a model of these shapes."""
+    _describe(model)
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+
+
+def blank(folder: Path) -> PreTrainedModel:
+    """The model that the `config.json` of a folder describes, factored where it says so, with random weights."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{folder} holds no readable config.json ({error}). Repeat its run with force=true.") from error
+    factored = vars(config).pop("quantization_config", None)
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    for name, rank in WeloreConfig(**factored).ranks.items() if factored else ():
+        replace(model, name, _empty_like(model.get_submodule(name), rank))
+    _describe(model)
+    return model
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -38,8 +38,12 @@ def fit(
     autocast: str | None,
     loggers: list[Logger],
     throughput: Throughput,
+    watching: Sequence[Callback] = (),
 ) -> None:
-    """Train to the end, from the last checkpoint in `folder` where there is one. Raises Interrupted on a signal."""
+    """Train to the end, from the last checkpoint in `folder` where there is one. Raises Interrupted on a signal.
+
+    What is `watching` sees each step before the checkpoint of that step is written.
+    """
     history = History(folder)
     last = folder / CHECKPOINTS / "last.ckpt"
     done = _steps_done(last)
@@ -49,6 +53,7 @@ def fit(
         warnings.simplefilter("ignore")  # hints about workers, srun and services that do not concern this run
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         training = batches.training
+        own = [_checkpoints(last, trainer.checkpoint_every), Stop(last), *_bar(trainer.progress)]
         runner = LightningTrainer(
             accelerator="gpu" if trainer.place().type == "cuda" else "cpu",
             devices=1,
@@ -60,7 +65,7 @@ def fit(
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=[history, *loggers],
-            callbacks=[throughput, _checkpoints(last, trainer.checkpoint_every), Stop(last), *_bar(trainer.progress)],
+            callbacks=[throughput, *watching, *own],
             plugins=_slurm_plugins(),
             enable_progress_bar=trainer.progress,
             enable_model_summary=False,

@@ -124,6 +124,7 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     """Train what the mode selects, and say how much that was and what it took."""
     from welore.fit import fit  # Lightning takes seconds to import, and a run without training does not need it
     from welore.module import Tuner
+    from welore.snapshots import Snapshots
 
     training = config.task.training
     rows = config.task.rows(tokenizer, cache, config.seed)
@@ -140,11 +141,13 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     announce(f"train {trained:,} of {count_parameters(model):,} parameters for {batches.steps} steps")
     tuner = Tuner(model, config.mode, parameters, training, batches.steps, zeros)
     throughput = Throughput(training.accumulate)
+    after = training.snapshots(batches.steps)
+    watching = [Snapshots(model, tokenizer, config.mode, after, folder)] if after else []
     device = next(model.parameters()).device
     give_back(device)  # of what compression freed
     started = time.perf_counter()
     with peak_memory(device) as peak, frozen_weights_in(model, config.model.autocast):
-        fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput)
+        fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput, watching)
         memory = _memory(peak, metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
     gradients = trained * torch.float32.itemsize
     state = (gradients + state_bytes(tuner.optimizers(use_pl_optimizer=False))) / GIB

@@ -105,6 +105,10 @@ class Training:
                 f"Write 0 <= warmup < 1, 0 <= floor <= 1, clip >= 0 and lr > 0."
             )
 
+    def snapshots(self, steps: int) -> list[int]:
+        """After which of the `steps` optimizer steps the model is written into the run folder; 0 is before them."""
+        return []
+
     def lr_factor(self, step: int, steps: int) -> float:
         """What the peak learning rate is multiplied with in the given step of `steps`, counted from 0."""
         warm = math.ceil(self.warmup * steps)

@@ -1,0 +1,32 @@
+"""Training from scratch: what it trains beside the mode, and when it leaves snapshots."""
+
+from dataclasses import dataclass
+
+from welore.errors import Refused
+from welore.tasks import Training
+
+
+@dataclass
+class Pretraining(Training):
+    """A training that leaves snapshots of the model.
+
+    They are taken after 0, 1, 2, 4, 8, ... steps below `snapshot_every`, after every `snapshot_every` steps, and at
+    the end; null takes none.
+    """
+
+    snapshot_every: int | None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.snapshot_every is not None and self.snapshot_every < 1:
+            raise Refused(
+                f"task.training.snapshot_every={self.snapshot_every} is no number of steps. Write 1 or more, or null "
+                f"for no snapshots."
+            )
+
+    def snapshots(self, steps: int) -> list[int]:
+        if self.snapshot_every is None:
+            return []
+        doubling = [2**power for power in range((self.snapshot_every - 1).bit_length())]
+        regular = range(self.snapshot_every, steps, self.snapshot_every)
+        return [0, *(step for step in doubling if step < steps), *regular, steps]
