@@ -93,9 +93,13 @@ class Apollo(Float32Masters, _Apollo):
     is tensors only: moments and projection of rank `rank`, and one norm.
     """
 
+    plain = {"rank": math.inf, "scale": 1.0}
+
 
 class Fira(Float32Masters, _Fira):
     """GaLore plus the part of the gradient outside of its projection, scaled like the part inside, on float32 masters.
 
     `scale` multiplies both parts. State and exceptions are those of `Apollo`.
     """
+
+    plain = {"rank": math.inf, "scale": 1.0}

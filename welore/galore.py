@@ -3,6 +3,8 @@
 Shape suffixes: M, N = the sides of one weight, K = min(M, N), R = rank of the projection.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -77,3 +79,5 @@ class GaLoreAdamW(Float32Masters, _GaLoreAdamW):
     move 1 / scale times as fast as the rest). Every state is a tensor, so checkpoints load with `weights_only=True`
     and a run resumes to the bit.
     """
+
+    plain = {"rank": math.inf, "scale": 1.0}

@@ -1,6 +1,7 @@
 """The LightningModule of every mode, and what is kept of it when a run is cut short."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from welore.tasks import Training
 
 
 class Tuner(LightningModule):
-    """Trains `parameters` of a model with the optimizer of a mode and the schedule of a task.
+    """Trains `parameters` of a model with the optimizer of a mode and the schedule of a task, `besides` with AdamW.
 
     Only what trains is put into a checkpoint: the rest of the model is made again from its source.
     """
@@ -31,9 +32,10 @@ class Tuner(LightningModule):
         training: Training,
         steps: int,
         zeros: KeptZeros | None = None,
+        besides: Sequence[nn.Parameter] = (),
     ):
         super().__init__()
-        self.model, self.mode, self.parameters_to_train = model, mode, parameters
+        self.model, self.mode, self.parameters_to_train, self.besides = model, mode, parameters, list(besides)
         self.training_config, self.steps = training, steps
         self.zeros = zeros  # of pruned weights, which no step may fill
         self.loss = causal_loss(model)
@@ -96,6 +98,8 @@ class Tuner(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.mode.optimizer(self.parameters_to_train)
+        if self.besides:
+            optimizer.add(self.besides, self.training_config.lr)
         if self.zeros is not None:
             optimizer.register_step_post_hook(self.zeros)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -121,5 +125,5 @@ class Tuner(LightningModule):
 
     def _trained(self) -> set[str]:
         """Names of all that the mode trains, also of what it has frozen for the moment."""
-        chosen = {id(parameter) for parameter in self.parameters_to_train}
+        chosen = {id(parameter) for parameter in (*self.parameters_to_train, *self.besides)}
         return {name for name, parameter in self.named_parameters() if id(parameter) in chosen}

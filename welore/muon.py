@@ -12,8 +12,9 @@ class _MuonAdamW(torch.optim.Muon):
     def __init__(self, parameters: list[nn.Parameter], lr, betas, eps, weight_decay, momentum):
         matrices, vectors = [p for p in parameters if p.ndim == 2], [p for p in parameters if p.ndim != 2]
         super().__init__(matrices, lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw")
+        self.plain = {"betas": betas, "adam_eps": eps}
         if vectors:
-            self.add_param_group({"params": vectors, "betas": betas, "adam_eps": eps})
+            self.add_param_group({"params": vectors, **self.plain})
 
     @torch.no_grad()
     def step(self):

@@ -5,6 +5,7 @@ that is not float32 gets a float32 master copy, which the optimizer steps and wh
 """
 
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,23 @@ class Float32Masters:
     what is in `param_groups`. `state_dict` carries the masters: a resumed run continues from them to the bit.
     """
 
+    plain: ClassVar[dict] = {}  # options of a group that is to be stepped by plain AdamW, where the others are not
+
     def __init__(self, parameters: list[nn.Parameter], **options):
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        super().__init__(self._masters(parameters), **options)
+
+    def add(self, parameters: list[nn.Parameter], lr: float) -> None:
+        """One more group of parameters, which plain AdamW steps at its own learning rate: nothing projects them."""
+        self.add_param_group({"params": self._masters(parameters), "lr": lr, **self.plain})
+
+    def _masters(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
-        self.pairs = [(p, master) for p, master in zip(parameters, masters, strict=True) if p is not master]
-        super().__init__(masters, **options)
-        for parameter, master in self.pairs:
+        pairs = [(p, master) for p, master in zip(parameters, masters, strict=True) if p is not master]
+        for parameter, master in pairs:
             parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
+        self.pairs += pairs
+        return masters
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -2,18 +2,23 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from welore.errors import Refused
 from welore.tasks import Training
 
 
 @dataclass
 class Pretraining(Training):
-    """A training that leaves snapshots of the model.
+    """A training that may start from random weights, and leaves snapshots.
 
-    They are taken after 0, 1, 2, 4, 8, ... steps below `snapshot_every`, after every `snapshot_every` steps, and at
+    With `embeddings` the input and output embeddings train as well, whatever the mode is: AdamW steps them at `lr`.
+    Snapshots are taken after 0, 1, 2, 4, 8, ... steps below `snapshot_every`, after every `snapshot_every` steps, and at
     the end; null takes none.
     """
 
+    embeddings: bool
     snapshot_every: int | None
 
     def __post_init__(self):
@@ -23,6 +28,13 @@ class Pretraining(Training):
                 f"task.training.snapshot_every={self.snapshot_every} is no number of steps. Write 1 or more, or null "
                 f"for no snapshots."
             )
+
+    def unfreeze(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        if not self.embeddings:
+            return []
+        both = (model.get_input_embeddings(), model.get_output_embeddings())
+        parameters = {id(p): p for module in both for p in module.parameters()}  # tied ones once
+        return [p.requires_grad_(True) for p in parameters.values()]
 
     def snapshots(self, steps: int) -> list[int]:
         if self.snapshot_every is None:

@@ -136,10 +136,11 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     pruned = config.prune.matrices(components(model)).values()
     zeros = KeptZeros([linear.weight for linear in pruned])
     parameters = select(model, config.mode)
+    besides = training.unfreeze(model)
     norms = {id(p) for p in norm_parameters(model)}
-    trained = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in (*parameters, *besides))
     announce(f"train {trained:,} of {count_parameters(model):,} parameters for {batches.steps} steps")
-    tuner = Tuner(model, config.mode, parameters, training, batches.steps, zeros)
+    tuner = Tuner(model, config.mode, parameters, training, batches.steps, zeros, besides)
     throughput = Throughput(training.accumulate)
     after = training.snapshots(batches.steps)
     watching = [Snapshots(model, tokenizer, config.mode, after, folder)] if after else []

@@ -12,6 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from welore.batches import Rows, evaluation_windows, training_rows
 from welore.cache import Cache, digest
 from welore.errors import Refused
@@ -104,6 +107,10 @@ class Training:
                 f"{where} has warmup={self.warmup}, floor={self.floor}, clip={self.clip}, lr={self.lr}. "
                 f"Write 0 <= warmup < 1, 0 <= floor <= 1, clip >= 0 and lr > 0."
             )
+
+    def unfreeze(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        """What trains beside the choice of the mode, whichever it is: plain AdamW steps it at the peak rate `lr`."""
+        return []
 
     def snapshots(self, steps: int) -> list[int]:
         """After which of the `steps` optimizer steps the model is written into the run folder; 0 is before them."""
