@@ -16,6 +16,7 @@ from welore.errors import Refused
 from welore.moments import Needs
 from welore.ranks import Evidence, Ranks, apply_threshold, block_of, solve_threshold
 from welore.shares import fill
+from welore.subspace import entropy_rank, stable_rank
 from welore.svd import Spectrum
 
 
@@ -111,7 +112,7 @@ class StableRank(Proportional):
     """Ranks in proportion to ||W||_F^2 / sigma_1^2."""
 
     def measure(self, sigma_K: Tensor) -> float:
-        return float((sigma_K / sigma_K[0]).square().sum()) if sigma_K[0] > 0 else 1.0
+        return stable_rank(sigma_K)
 
 
 @dataclass
@@ -119,8 +120,7 @@ class EffectiveRank(Proportional):
     """Ranks in proportion to exp(entropy of sigma / sum(sigma)), the effective rank of Roy and Vetterli (D-Rank)."""
 
     def measure(self, sigma_K: Tensor) -> float:
-        share_K = sigma_K / sigma_K.sum() if sigma_K[0] > 0 else torch.tensor([1.0])
-        return math.exp(-float(torch.xlogy(share_K, share_K).sum()))
+        return entropy_rank(sigma_K)
 
 
 @dataclass
