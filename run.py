@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from welore.config import spell_out, to_config
 from welore.errors import Interrupted
-from welore.explain import conclude, explain
+from welore.explain import Failed, conclude, explain
 from welore.report import summary
 
 
@@ -39,6 +39,8 @@ def main() -> int:
     try:
         sys.argv[1:] = spell_out(sys.argv[1:])
         cell()
+    except Failed as sweep:
+        return conclude(sweep.cells)
     except (Exception, Interrupted, KeyboardInterrupt) as error:
         return conclude(failed) if failed and isinstance(error, Exception) else explain(error)
     return 0

@@ -1,22 +1,19 @@
 """The cells of an artefact: the runs it is made of, which of them are on disk, and how the others are made."""
 
-import json
 import math
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from welore import metrics
 from welore.config import CONF, INFRASTRUCTURE, compose, fingerprint, to_config
 from welore.errors import Refused
+from welore.finished import composed
 from welore.metrics import Metric
 from welore.records import Record, Sweep, records, sweeps
 
@@ -78,29 +75,14 @@ def default_outputs() -> str:
     return compose([]).outputs
 
 
+@cache
+def _fingerprint_of(*overrides: str) -> str:
+    return fingerprint(to_config(composed(overrides)))
+
+
 def fingerprint_of(cell: Cell) -> str:
-    """That of `python run.py` with these overrides.
-
-    Composing takes a fifth of a second and artefacts have hundreds of cells, so that the same groups are composed once
-    and the values of a cell are set in a copy, as Hydra sets them.
-    """
-    return _fingerprint_of(json.dumps(cell))
-
-
-@cache
-def _fingerprint_of(written: str) -> str:
-    cell = json.loads(written)
-    groups = {key: value for key, value in cell.items() if (CONF / key.partition("@")[0]).is_dir()}
-    composed = deepcopy(_composed(*overrides_of(groups)))
-    for key, value in cell.items():
-        if key not in groups:
-            OmegaConf.update(composed, key, value)
-    return fingerprint(to_config(composed))
-
-
-@cache
-def _composed(*groups: str) -> DictConfig:
-    return compose(groups)
+    """That of `python run.py` with these overrides."""
+    return _fingerprint_of(*overrides_of(cell))
 
 
 def overrides_of(cell: Cell) -> list[str]:

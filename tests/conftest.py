@@ -211,3 +211,15 @@ def data():
     if not folder.is_dir():
         pytest.skip("no real texts: set WELORE_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory):
+    """What the environment of a client needs to reach a real Slurm on this machine, with one node and its CPUs."""
+    script, folder = ROOT / "scripts" / "slurm_here.sh", tmp_path_factory.mktemp("slurm")
+    started = subprocess.run([script, "start", folder], capture_output=True, text=True, timeout=300)
+    if started.returncode == 3:
+        pytest.skip(started.stderr.strip().splitlines()[-1])
+    assert started.returncode == 0, started.stderr
+    yield {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+    subprocess.run([script, "stop", folder], check=True, timeout=60)

@@ -9,6 +9,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -273,6 +274,8 @@ def _unless_refused(cfg: DictConfig, name: Callable[[Config], str]) -> str:
 
 def compose(overrides: Sequence[str]) -> DictConfig:
     """The config of one cell, exactly as run.py composes it."""
+    if GlobalHydra.instance().is_initialized():  # inside run.py, whose files are the same
+        return hydra_compose("config", spell_out(overrides))
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra_compose("config", spell_out(overrides))
 

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early that are no defect."""
+"""The ways in which a run ends early that are no defect."""
 
 
 class Refused(ValueError):
@@ -18,3 +18,7 @@ class Interrupted(BaseException):
     def __init__(self, message: str, signal: int):
         super().__init__(message)
         self.signal = signal
+
+
+class Lost(RuntimeError):
+    """A job that ended without a word of its own: killed by its scheduler, or with its machine."""

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from welore.config import compose
-from welore.errors import Interrupted, Refused
+from welore.errors import Interrupted, Lost, Refused
 
 OUT_OF_MEMORY = (
     "Where it calibrates: lower calibration.tokens or calibration.window. Where it trains: raise "
@@ -22,6 +22,14 @@ OUT_OF_MEMORY = (
 )
 TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
+
+
+class Failed(Exception):
+    """Cells of a sweep that failed elsewhere, each explained already, with its exit status."""
+
+    def __init__(self, cells: dict[str, int]):
+        super().__init__(f"failed: {', '.join(cells)}")
+        self.cells = cells
 
 
 def explain(error: BaseException, cell: str = "") -> int:
@@ -57,7 +65,7 @@ def _foreseen(error: BaseException) -> tuple[str, int] | None:
             return str(cause), 128 + cause.signal  # what a shell reports of a process that a signal ended
         if isinstance(cause, KeyboardInterrupt):
             return "stopped from the keyboard; the same command goes on from the last checkpoint", 130
-        if isinstance(cause, FloatingPointError):
+        if isinstance(cause, FloatingPointError | Lost):
             return str(cause), 1
         if isinstance(cause, torch.OutOfMemoryError):
             return f"the device is out of memory. {OUT_OF_MEMORY} {str(cause).splitlines()[0]}", 1
@@ -86,6 +94,8 @@ def _of_hydra(error: BaseException) -> str:
     message, cause = str(error).strip(), error.__cause__
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if option == "submitit_slurm":
+            return "hydra/launcher=slurm needs submitit, which is not installed. Run: pip install -e '.[slurm]'"
         hint = _did_you_mean(option, error.options)
         return f"{group}={option} is no option.{hint} Write {group}= one of {', '.join(error.options)}."
     if isinstance(error, MissingMandatoryValue):

@@ -1,0 +1,84 @@
+"""Cells as jobs of a real Slurm on this machine: a sweep, and what becomes of jobs that fail."""
+
+import os
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from welore.records import FILE, Record
+
+# One Slurm for all of them, and so one process of pytest.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+
+NODE = ["gpus_per_node=null", "mem_gb=null", "cpus_per_task=1", "timeout_min=30"]
+LAUNCHER = ["hydra/launcher=slurm", *(f"hydra.launcher.{option}" for option in NODE)]
+
+
+@pytest.fixture
+def client(slurm):
+    """A function that runs a command of Slurm and returns what it prints."""
+
+    def client(*command):
+        environment = os.environ | slurm
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    return client
+
+
+def records(outputs):
+    return [Record.read(path.parent) for path in outputs.rglob(FILE)]
+
+
+def until(found, seconds=120):
+    """What `found` returns, as soon as it is something."""
+    for _ in range(10 * seconds):
+        if value := found():
+            return value
+        time.sleep(0.1)
+    raise TimeoutError(f"nothing in {seconds} s")
+
+
+def test_four_cells_are_four_jobs_and_the_second_time_none(cli, slurm, client, tmp_path):
+    sweep = [*LAUNCHER, "err=0.3,0.5", "mode=none,welore"]
+    first = cli(*sweep, multirun=True, timeout=300, **slurm, OMP_NUM_THREADS=None)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("record.json") == 4
+    found = records(tmp_path / "outputs")
+    assert [record.status for record in found] == ["done"] * 4
+    assert len({(record.config["err"], record.config["mode"]["name"]) for record in found}) == 4
+    assert all(record.environment["device"].endswith(", 1 threads") for record in found)  # as the job has CPUs
+    assert client("scontrol", "show", "job", "-o").count(f"StdOut={tmp_path}") == 4
+
+    second = cli(*sweep, multirun=True, **slurm)
+    assert second.returncode == 0, second.stderr
+    assert sorted(second.stdout.splitlines()) == sorted(first.stdout.splitlines())
+    assert client("scontrol", "show", "job", "-o").count(f"StdOut={tmp_path}") == 4
+
+
+def test_a_refused_cell_and_a_killed_job_are_named_and_the_others_are_done(cli, slurm, client, tmp_path):
+    def kill_the_long_one():
+        folder = until(lambda: list((tmp_path / "outputs").rglob("welore/*/history.jsonl")))[0].parent
+        job = client("squeue", "--noheader", "--states=R", "--format=%i").split()[0]
+        client("scancel", "--signal=KILL", job)
+        return folder
+
+    with ThreadPoolExecutor() as threads:
+        killed = threads.submit(kill_the_long_one)
+        cells = ["mode=welore,none", "err=0.5,1.5", "task.training.steps=100000"]
+        done = cli(*LAUNCHER, *cells, multirun=True, timeout=300, **slurm)
+    assert done.returncode == 2
+    assert Record.read(killed.result()) is None
+    assert "left no result" in done.stderr and "err=1.5 is not a fraction" in done.stderr
+    assert [record.config["mode"]["name"] for record in records(tmp_path / "outputs")] == ["none"]
+    assert done.stdout.count("record.json") == 1
+    assert "3 cells of the sweep failed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_slurm_the_launcher_says_so(cli, tmp_path):
+    (tmp_path / "bin").mkdir()
+    refused = cli(*LAUNCHER, "err=0.3,0.5", multirun=True, PATH=str(tmp_path / "bin"))
+    assert refused.returncode == 2
+    assert "there is no srun" in refused.stderr
