@@ -14,8 +14,8 @@ class Pretraining(Training):
     """A training that may start from random weights, and leaves snapshots.
 
     With `embeddings` the input and output embeddings train as well, whatever the mode is: AdamW steps them at `lr`.
-    Snapshots are taken after 0, 1, 2, 4, 8, ... steps below `snapshot_every`, after every `snapshot_every` steps, and at
-    the end; null takes none.
+    Snapshots are taken after 0, 1, 2, 4, 8, ... steps below `snapshot_every`, after every `snapshot_every` steps, and
+    at the end; null takes none.
     """
 
     embeddings: bool
