@@ -32,6 +32,7 @@ from welore import (
     ranks,
     refine,
     rules,
+    scratch,
     steppers,
     summaries,
     svd,
@@ -51,6 +52,7 @@ INFRASTRUCTURE = ("trainer", "logger", "group", "force", "save", "outputs")
 SCHEMAS = {
     "model/pretrained": models.Pretrained,
     "model/random": models.Random,
+    "model/scratch": scratch.Scratch,
     "svd/plain": svd.Plain,
     "svd/fwsvd": svd.Fwsvd,
     "svd/asvd": svd.Asvd,

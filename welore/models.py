@@ -1,6 +1,7 @@
 """Where a language model comes from, and which of its weights can be compressed."""
 
 import importlib.util
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from welore.cache import digest
 from welore.errors import Refused
 from welore.lowrank import LowRankLinear
 
+TrainingTexts = Callable[[], Iterable[str]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -39,8 +41,11 @@ class Model:
         if self.autocast == "float16":
             raise Refused("model.autocast=float16 would need its gradients scaled. Write bfloat16, or null for none.")
 
-    def load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
-        """The model in eval mode on the CPU, and its tokenizer. `folder` may keep a converted copy for next time."""
+    def load(self, folder: Path, texts: TrainingTexts | None = None) -> tuple[PreTrainedModel, Any]:
+        """The model in eval mode on the CPU, and its tokenizer. `folder` may keep what took long for next time.
+
+        `texts` are the training texts of the task, for a model that has a tokenizer of its own still to be trained.
+        """
         raise NotImplementedError
 
     def identity(self) -> str:
@@ -58,10 +63,10 @@ class Pretrained(Model):
     path: str
     revision: str | None
 
-    def load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
+    def load(self, folder: Path, texts: TrainingTexts | None = None) -> tuple[PreTrainedModel, Any]:
         path = self._location()
         if path is None:
-            known = {} if _hub_answers(self.path) else {"local_files_only": True}
+            known = {} if hub_answers(self.path) else {"local_files_only": True}
             model, tokenizer = _from_pretrained(self, self.path, revision=self.revision, **known)
         elif path.suffix == ".gguf":
             model, tokenizer = self._from_gguf(path, folder)
@@ -128,8 +133,8 @@ class Random(Model):
     config: dict[str, Any]
     init_seed: int
 
-    def load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
-        tokenizer = byte_tokenizer()
+    def load(self, folder: Path, texts: TrainingTexts | None = None) -> tuple[PreTrainedModel, Any]:
+        tokenizer = self.tokenizer_of(folder, texts)
         options = dict(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -146,6 +151,9 @@ class Random(Model):
             ) from error
         _check_vocabulary(model, tokenizer, self.name)
         return model.eval(), tokenizer
+
+    def tokenizer_of(self, folder: Path, texts: TrainingTexts | None) -> Any:
+        return byte_tokenizer()
 
     def identity(self) -> str:
         return ""  # the config is the identity
@@ -239,7 +247,7 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> Non
         )
 
 
-def _hub_answers(name: str) -> bool:
+def hub_answers(name: str) -> bool:
     """Whether there is a way to the hub, asked once: its client tries again for half a minute for every file."""
     try:
         HfApi().model_info(name, timeout=10)
@@ -257,7 +265,7 @@ def _from_pretrained(source: Pretrained, path: str, **options) -> tuple[PreTrain
             path, dtype=DTYPES[source.dtype], output_loading_info=True, **options
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise Refused(f"model.path={path} cannot be loaded: {_reason(error, local=Path(path).exists())}") from error
+        raise Refused(f"model.path={path} cannot be loaded: {reason(error, local=Path(path).exists())}") from error
     if missing := sorted(report["missing_keys"]):
         raise Refused(
             f"model.path={path} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}: they "
@@ -266,8 +274,8 @@ def _from_pretrained(source: Pretrained, path: str, **options) -> tuple[PreTrain
     return model.eval(), tokenizer
 
 
-def _reason(error: Exception, local: bool) -> str:
-    """Why the hub or the loader said no, and what to do, in one line; the loader's own first line where unknown."""
+def reason(error: Exception, local: bool, key: str = "model.path") -> str:
+    """Why the hub or the loader said no, and what to write for `key`; the loader's own first line where unknown."""
     if isinstance(error, SafetensorError):
         return f"a weight file is damaged or not whole ({error}). Copy it again."
     chain, kinds = error, []
@@ -276,7 +284,7 @@ def _reason(error: Exception, local: bool) -> str:
         chain = chain.__cause__ or chain.__context__
     names = " ".join(kinds)
     if "GatedRepo" in names:
-        return "access is gated. Accept its terms on the hub and run `hf auth login`, or give a local model.path."
+        return f"access is gated. Accept its terms on the hub and run `hf auth login`, or give a local {key}."
     if "RepositoryNotFound" in names or "RevisionNotFound" in names:
         return "the hub has no such model or revision (or it is private: run `hf auth login`). Check the spelling."
     offline = is_offline_mode()
@@ -284,9 +292,7 @@ def _reason(error: Exception, local: bool) -> str:
         offline or any(word in names for word in ("Connect", "LocalEntryNotFound", "OfflineMode", "Timeout", "Proxy"))
     ):
         cause = "HF_HUB_OFFLINE=1 is set" if offline else "the hub cannot be reached"
-        return (
-            f"{cause} and the local cache lacks it. Download it where there is a network, then give model.path=FOLDER."
-        )
+        return f"{cause} and the local cache lacks it. Download it where there is a network, then give {key}=FOLDER."
     advice = "Check that the folder is whole: config.json, weights and tokenizer." if local else "Check the name."
     return f"{_first_lines(error).rstrip('.,:')}. {advice}"
 

@@ -19,6 +19,7 @@ class Pretraining(Training):
     """
 
     embeddings: bool
+    stream: bool
     snapshot_every: int | None
 
     def __post_init__(self):

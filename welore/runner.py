@@ -86,7 +86,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     found = record.metrics
 
     announce(f"load {config.model.name}")
-    model, tokenizer = config.model.load(cache.folder)
+    model, tokenizer = config.model.load(cache.folder, config.task.training_texts)
     benchmark = config.task.benchmark(tokenizer, cache, *config.judges)
     _check_positions(model, config, benchmark)
     weights = weight_digests(model)

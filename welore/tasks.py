@@ -216,6 +216,12 @@ class Task:
         """The sequences of `train` or `validation` that the training budget can use, or `limit` of them."""
         raise NotImplementedError
 
+    def training_texts(self) -> Iterator[str]:
+        """The texts that a tokenizer can be trained on."""
+        raise Refused(
+            f"task={self.name} is no running text to train a tokenizer on. Write model.tokenizer=NAME, or task=c4."
+        )
+
     def identity(self) -> str:
         """The content of the files behind `path`; empty where there is none."""
         raise NotImplementedError
@@ -234,6 +240,9 @@ class TextTask(Task):
 
     def rows(self, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None) -> Rows:
         return training_rows(self, tokenizer, cache, seed, split, limit)
+
+    def training_texts(self) -> Iterator[str]:
+        return self.documents("train")
 
 
 @dataclass
