@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from welore.history import read_history
 from welore.records import FILE, Record
 
 # One Slurm for all of them, and so one process of pytest.
@@ -29,6 +30,10 @@ def client(slurm):
 
 def records(outputs):
     return [Record.read(path.parent) for path in outputs.rglob(FILE)]
+
+
+def steps(folder):
+    return [(line["step"], line["train/loss"]) for line in read_history(folder) if "train/loss" in line]
 
 
 def until(found, seconds=120):
@@ -69,9 +74,10 @@ def test_a_refused_cell_and_a_killed_job_are_named_and_the_others_are_done(cli, 
         cells = ["mode=welore,none", "err=0.5,1.5", "task.training.steps=100000"]
         done = cli(*LAUNCHER, *cells, multirun=True, timeout=300, **slurm)
     assert done.returncode == 2
-    assert Record.read(killed.result()) is None
     assert "left no result" in done.stderr and "err=1.5 is not a fraction" in done.stderr
-    assert [record.config["mode"]["name"] for record in records(tmp_path / "outputs")] == ["none"]
+    done_there = [r for r in records(tmp_path / "outputs") if r.status == "done"]
+    assert [record.config["mode"]["name"] for record in done_there] == ["none"]
+    assert (killed.result() / "history.jsonl").exists()
     assert done.stdout.count("record.json") == 1
     assert "3 cells of the sweep failed" in done.stderr
     assert "Traceback" not in done.stderr
@@ -82,3 +88,39 @@ def test_without_slurm_the_launcher_says_so(cli, tmp_path):
     refused = cli(*LAUNCHER, "err=0.3,0.5", multirun=True, PATH=str(tmp_path / "bin"))
     assert refused.returncode == 2
     assert "there is no srun" in refused.stderr
+
+
+TRAINING = ["mode=welore", "err=0.5", "task.training.steps=300", "task.training.validate_every=100"]
+
+
+def test_a_signalled_job_requeues_itself_and_ends_as_one_that_was_never_stopped(cli, slurm, client, tmp_path):
+    whole = cli(*TRAINING, f"outputs={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    expected = until(lambda: list((tmp_path / "whole").rglob(FILE)))[0].parent
+
+    def signal_after_step_20():
+        def begun():
+            return [
+                path.parent for path in (tmp_path / "outputs").rglob("history.jsonl") if len(steps(path.parent)) > 20
+            ]
+
+        folder = until(begun)[0]
+        client("scancel", "--signal=USR2", client("squeue", "--noheader", "--states=R", "--format=%A").split()[0])
+        return folder
+
+    # No checkpoint but that of the signal; and a run that was forced to start again is not forced to by its requeue.
+    options = ["trainer.checkpoint_every=100000", "force=true", "logger=offline"]
+    with ThreadPoolExecutor() as threads:
+        signalled = threads.submit(signal_after_step_20)
+        done = cli(*LAUNCHER, *TRAINING, *options, multirun=True, timeout=300, **slurm)
+    assert done.returncode == 0, done.stderr
+    folder = signalled.result()
+    log = next((tmp_path / "outputs" / "slurm").rglob("*_0_log.err")).read_text()
+    assert "stopped by a signal after step" in log and "go on after step" in log
+    assert "Traceback" not in log
+    assert steps(folder) == steps(expected)
+    ours, theirs = Record.read(folder), Record.read(expected)
+    assert ours.metrics["tuned/perplexity"] == theirs.metrics["tuned/perplexity"]
+    assert not (folder / "checkpoints").exists()
+    lives = [path.name for path in (folder / "wandb").glob("offline-run-*")]
+    assert len(lives) == 2 and {name.rpartition("-")[2] for name in lives} == {ours.fingerprint}

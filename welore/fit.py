@@ -26,6 +26,7 @@ from welore.history import History
 from welore.measure import Throughput
 from welore.models import decoder_layers
 from welore.module import Tuner
+from welore.report import announce
 from welore.trainer import CHECKPOINTS, Trainer
 
 
@@ -48,6 +49,8 @@ def fit(
     last = folder / CHECKPOINTS / "last.ckpt"
     done = _steps_done(last)
     checkpoint = str(last) if done else None
+    if done:
+        announce(f"go on after step {done} of {batches.steps}")
     history.start_at(done)
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # stdout is for the table alone
         warnings.simplefilter("ignore")  # hints about workers, srun and services that do not concern this run
@@ -76,6 +79,10 @@ def fit(
         runner.save_checkpoint(last)  # what comes after training may fail, and must not cost it
 
 
+REQUEUE = signal.SIGUSR2  # what submitit asks Slurm to send before the time limit and on preemption
+SIGNALS = (signal.SIGTERM, signal.SIGINT, REQUEUE)
+
+
 @contextmanager
 def recomputed(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
     """Keep only the input of every decoder layer; the backward pass runs the layer again, to the same numbers."""
@@ -90,7 +97,8 @@ def recomputed(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
 
 
 class Stop(Callback):
-    """On SIGTERM or Ctrl-C, finish the optimizer step, write the checkpoint and raise Interrupted.
+    """On SIGTERM, Ctrl-C or the signal that a job is to be requeued, finish the optimizer step, write the checkpoint
+    and raise Interrupted, or let submitit requeue the job.
 
     Inside a step nothing may be saved: half of its gradients, or half of its updated weights, would be lost. A second
     Ctrl-C stops at once, and the run goes on from the last regular checkpoint.
@@ -104,12 +112,13 @@ class Stop(Callback):
 
     def on_train_start(self, trainer, module) -> None:
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, frame) -> None:
         if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        if self.signal != REQUEUE:  # Slurm sends SIGTERM after it
+            self.signal = number
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
         if self.signal is not None and (index + 1) % trainer.accumulate_grad_batches == 0:
@@ -119,8 +128,12 @@ class Stop(Callback):
     def on_train_batch_start(self, trainer, module, batch, index) -> None:
         # Only here has the step before been logged.
         if self.saved:
-            message = f"stopped by a signal after step {trainer.global_step} of {module.steps}"
-            raise Interrupted(f"{message}; the same command goes on from there", self.signal)
+            stopped = f"stopped by a signal after step {trainer.global_step} of {module.steps}"
+            announce(stopped)
+            requeue = self.before[REQUEUE]
+            if self.signal == REQUEUE and callable(requeue):
+                requeue(REQUEUE, None)  # submitit's: it exits, or raises where the job was requeued too often
+            raise Interrupted(f"{stopped}; the same command goes on from there", self.signal)
 
     def on_train_end(self, trainer, module) -> None:
         self._restore()

@@ -120,7 +120,7 @@ def set_aside(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     for path in list(folder.iterdir()):
-        if path.name not in (ASIDE, ".hydra") and path.suffix != ".log":
+        if path.name not in (ASIDE, ".hydra", ".lock") and path.suffix != ".log":
             path.rename(aside / path.name)
 
 

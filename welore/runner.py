@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from welore import checkpoint, metrics
+from welore.alone import alone_in
 from welore.batches import Batches
 from welore.cache import Cache, digest
 from welore.compress import weight_digests
@@ -37,21 +39,40 @@ from welore.sparse import KeptZeros
 from welore.trainer import discard_checkpoints
 
 MODEL = "model"
+STOPPED = (Interrupted, KeyboardInterrupt, SystemExit)  # from outside: the same command goes on; submitit exits
 
 
 def run(config: Config, folder: Path) -> Record:
     """The record of this config: read from `folder` where it is done, made and written there where it is not.
 
-    A run that fails leaves a record of status `failed` with all that it had measured. A finished run that is forced
-    again is set aside until the new one is done, and comes back whole if that fails.
+    Where another process is at it, this one waits, and then reads what the other has made or goes on from where it
+    was killed. A run that fails leaves a record of status `failed` with all that it had measured. A finished run that
+    is forced again is set aside until the new one is done, and comes back whole if that fails.
     """
-    finished = Record.read(folder)
-    if finished is not None and finished.status == "done":
-        if not config.force:
-            return finished
-        set_aside(folder)
-    if config.force:
-        discard_checkpoints(folder)  # also those of a run that failed: it starts again
+    if not config.force and (finished := _finished(folder)):
+        return finished
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        if finished := _finished(folder):
+            if not config.force:
+                return finished
+            set_aside(folder)
+        elif config.force and not _requeued():
+            discard_checkpoints(folder)  # also those of a run that failed: it starts again
+        return _made(config, folder)
+
+
+def _finished(folder: Path) -> Record | None:
+    record = Record.read(folder)
+    return record if record is not None and record.status == "done" else None
+
+
+def _requeued() -> bool:
+    """Whether Slurm has started this job before: it goes on, also where it was forced to start again then."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
+def _made(config: Config, folder: Path) -> Record:
     gc.collect()  # the model of a sweep's cell before is held by cycles, and would count as memory of this one
     started = time.time()
     record = Record(
@@ -62,7 +83,6 @@ def run(config: Config, folder: Path) -> Record:
         started=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
     )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _story(config, folder, record)
         record.status, record.seconds = "done", time.time() - started
         record.save(folder)
@@ -71,7 +91,7 @@ def run(config: Config, folder: Path) -> Record:
         record.error = f"{type(error).__name__}: {error}"
         if not isinstance(error, Refused):
             record.error += "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
-        if isinstance(error, Interrupted | KeyboardInterrupt) or not bring_back(folder):
+        if isinstance(error, STOPPED) or not bring_back(folder):
             record.save(folder)
         raise
     discard_checkpoints(folder)
