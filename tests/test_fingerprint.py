@@ -53,7 +53,7 @@ def test_the_fingerprint_depends_on_all_that_is_science_and_on_nothing_else(mode
 
 
 def test_what_is_infrastructure_is_a_closed_list():
-    assert set(INFRASTRUCTURE) == {"trainer", "logger", "group", "force", "save", "outputs"}
+    assert set(INFRASTRUCTURE) == {"trainer", "logger", "probe", "group", "force", "save", "outputs"}
     counted = science(to_config(compose([*TINY, "svd=whitened"]))).keys() - {"identity"}
     assert {f.name for f in fields(Config)} - {*INFRASTRUCTURE, "judge"} == counted  # the judge: test_judges.py
 

@@ -27,6 +27,7 @@ from welore import (
     partition,
     parts,
     pretraining,
+    probe,
     prune,
     quizzes,
     ranks,
@@ -47,7 +48,7 @@ CONF = Path(__file__).parent.parent / "conf"
 
 BUDGETS = ("err", "keep", "bytes", "flops")
 # Nothing in these may change a result, so they are no part of the fingerprint.
-INFRASTRUCTURE = ("trainer", "logger", "group", "force", "save", "outputs")
+INFRASTRUCTURE = ("trainer", "logger", "probe", "group", "force", "save", "outputs")
 
 SCHEMAS = {
     "model/pretrained": models.Pretrained,
@@ -114,6 +115,8 @@ SCHEMAS = {
     "judge/none": judges.Judge,
     "judge/openai": judges.OpenAi,
     "judge/local": judges.Local,
+    "probe/none": probe.Probe,
+    "probe/emergence": probe.Emergence,
     "trainer": trainer.Trainer,
     "logger/none": loggers.Logger,
     "logger/wandb": loggers.Wandb,
@@ -134,6 +137,7 @@ class Config:
     task: tasks.Task
     calibration: tasks.Calibration
     judge: judges.Judge
+    probe: probe.Probe
     trainer: trainer.Trainer
     logger: loggers.Logger
     err: float | None

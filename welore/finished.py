@@ -61,7 +61,7 @@ def finished(overrides: Sequence[str], subdir: str) -> tuple[Path, Record] | Non
     cfg = composed(overrides)
     with open_dict(cfg):
         cfg.subdir = subdir
-    if cfg.force:
+    if cfg.force or cfg.probe.name != "none":  # a probe looks itself what it has found already
         return None
     folder = Path(cfg.outputs, cfg.subdir)
     record = Record.read(folder)

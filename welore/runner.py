@@ -49,12 +49,13 @@ def run(config: Config, folder: Path) -> Record:
     was killed. A run that fails leaves a record of status `failed` with all that it had measured. A finished run that
     is forced again is set aside until the new one is done, and comes back whole if that fails.
     """
-    if not config.force and (finished := _finished(folder)):
+    if not config.force and not config.probe.examines and (finished := _finished(folder)):
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
         if finished := _finished(folder):
             if not config.force:
+                _examine(config, folder)
                 return finished
             set_aside(folder)
         elif config.force and not _requeued():
@@ -96,7 +97,16 @@ def _made(config: Config, folder: Path) -> Record:
         raise
     discard_checkpoints(folder)
     discard_aside(folder)
+    _examine(config, folder)
     return record
+
+
+def _examine(config: Config, folder: Path) -> None:
+    """Add what the probe finds to a finished run, which stays finished if the probe fails."""
+    if config.probe.examines:
+        from welore.emergence import examine
+
+        examine(config, folder)
 
 
 def _story(config: Config, folder: Path, record: Record) -> None:
