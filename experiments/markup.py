@@ -1,7 +1,6 @@
 """Pieces of the report as HTML: tables with their runs behind the numbers, claims, commands and small curves."""
 
 import base64
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -9,13 +8,13 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from experiments.page import Cited, Claim, Outcomes, verdict
-from welore import plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Points = list[tuple[float, float]]
 WIDTH, HEIGHT = 96, 22  # of a small curve, in CSS pixels
+LONG = 36  # characters, from where a column breaks its lines
 STATES = {"holds": "holds", "does": "fails", "cannot": "open"}  # by the first word of a verdict
 TITLES = {"holds": "holds", "fails": "does not hold", "open": "cannot be said"}
 
@@ -23,7 +22,8 @@ TITLES = {"holds": "holds", "fails": "does not hold", "open": "cannot be said"}
 def table(header: Sequence[str], body: Sequence[Sequence[str]], name: str) -> str:
     """A table that scrolls by itself where it is wider than the page; numbers are links to their runs."""
     numeric = [all(_is_number(line[column]) for line in body) for column in range(len(header))]
-    kinds = [_kind(title, number) for title, number in zip(header, numeric, strict=True)]
+    long = [any(len(line[column]) > LONG for line in body) for column in range(len(header))]
+    kinds = list(map(_kind, header, numeric, long))
     head = "".join(f'<th scope="col"{kind}>{escape(title)}</th>' for title, kind in zip(header, kinds, strict=True))
     lines = ["".join(_entry(text, kind) for text, kind in zip(line, kinds, strict=True)) for line in body]
     rows = "\n".join(f"<tr>{line}</tr>" for line in lines)
@@ -33,8 +33,9 @@ def table(header: Sequence[str], body: Sequence[Sequence[str]], name: str) -> st
     )
 
 
-def _kind(title: str, number: bool) -> str:
-    names = [*(["paper"] if title.startswith("paper") else []), *(["number"] if number else [])]
+def _kind(title: str, number: bool, long: bool) -> str:
+    found = {"paper": title.startswith("paper"), "number": number, "long": long and not number}
+    names = [name for name, holds in found.items() if holds]
     return f' class="{" ".join(names)}"' if names else ""
 
 
@@ -70,10 +71,11 @@ def claims(stated: Sequence[Claim], claimant: str) -> str:
         _, theirs, ours = claim.row()
         paper = "" if claim.paper is None else f"<small>on the paper's own numbers: {escape(theirs)}</small>"
         found = state(claim.ours)
-        detail = ours.removeprefix(TITLES[found]).removeprefix(":").strip(" ,")
+        detail = ours.removeprefix(TITLES[found]).strip(":, ()")
+        why = {"holds": f"in {detail} comparisons", "fails": f"against it: {detail}", "open": detail}[found]
         items.append(
             f"<li>{badge(found, TITLES[found])} <span>{escape(claim.text)} "
-            f"<small>on ours: {escape(detail)}</small> {paper}</span></li>"
+            f"<small>{escape(why)}</small> {paper}</span></li>"
         )
     return f'<h4>{escape(claimant.capitalize())}</h4>\n<ul class="claims">{"".join(items)}</ul>'
 
@@ -93,11 +95,9 @@ def commands(lines: Sequence[str], name: str) -> str:
     return f'<pre class="wide" role="region" tabindex="0" aria-label="{escape(name)}"><code>{text}</code></pre>'
 
 
-def image(figure: "Figure", title: str) -> str:
-    """The figure inside the page itself, as PNG."""
-    file = io.BytesIO()
-    plots.save(figure, file)
-    data = base64.b64encode(file.getvalue()).decode()
+def image(figure: "Figure", title: str, png: bytes) -> str:
+    """A drawn figure inside the page itself."""
+    data = base64.b64encode(png).decode()
     width, height = (round(figure.dpi * inches) for inches in figure.get_size_inches())
     return (
         f'<figure><img src="data:image/png;base64,{data}" width="{width}" height="{height}" '

@@ -16,7 +16,7 @@ from welore.config import CONF
 @contextmanager
 def remembered(outputs: str) -> Iterator[Callable[[Cell], str]]:
     """`fingerprint_of`, which remembers. What it knows holds for the present state of conf/ and of the code."""
-    path = Path(outputs) / ".cache" / "fingerprints" / f"{_state()}.json"
+    path = Path(outputs) / ".cache" / "fingerprints" / f"{state()}.json"
     known = _read(path)
     before = len(known)
 
@@ -32,7 +32,8 @@ def remembered(outputs: str) -> Iterator[Callable[[Cell], str]]:
             _write(known, path)
 
 
-def _state() -> str:
+def state() -> str:
+    """That of conf/ and of the code."""
     files = sorted([*CONF.rglob("*.yaml"), *Path(welore.__file__).parent.glob("*.py")])
     return digest(*(part for file in files for part in (str(file.relative_to(CONF.parent)), file.read_bytes())))
 

@@ -4,21 +4,29 @@ It is a single file without server or network: styles, script, pictures and reco
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from experiments import markup
 from experiments.artefacts import SCALES, about, gather, load, names
 from experiments.cells import Row, Runs
+from experiments.memo import state
 from experiments.page import Page
+from experiments.tuning import curve
 from welore import metrics
-from welore.records import Record, read_history
+from welore.cache import Cache, digest
+from welore.plots import png
+from welore.records import Record
 from welore.report import STAGES, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FILE = "report.html"
 CURVES = (metrics.TRAIN_LOSS, metrics.VALIDATION_PERPLEXITY)
@@ -55,6 +63,15 @@ class Sheet:
     @property
     def done(self) -> int:
         return len(self.rows) - len(self.missing)
+
+    def drawn(self, suffix: str, figure: "Figure") -> bytes:
+        """A figure as PNG, drawn once for the same runs: drawing takes longer than all the rest of the page."""
+        runs = [f"{row.folder} {row.record.fingerprint} {row.record.started}" for row in self.rows if row.record]
+        key = digest(state(), self.name, self.scale, suffix, *runs)
+        cache = Cache(Path(self.outputs) / ".cache")
+        return cache.get(
+            "figures", key, Path.read_bytes, lambda drawn, path: path.write_bytes(drawn), lambda: png(figure)
+        )
 
     @property
     def states(self) -> list[str]:
@@ -144,7 +161,7 @@ def _section(name: str, sheets: Sequence[Sheet]) -> str:
 
 def _scale(sheet: Sheet, opened: bool) -> str:
     title = f"<b>{sheet.scale} scale</b> <span>{sheet.done} of {len(sheet.rows)} runs</span>"
-    parts = [_rendered(sheet.page, f"{sheet.name} at {sheet.scale} scale")] if sheet.page else []
+    parts = [_rendered(sheet.page, f"{sheet.name} at {sheet.scale} scale", sheet.drawn)] if sheet.page else []
     if sheet.fault:
         parts.append(f'<p class="fault">It cannot be shown: {escape(sheet.fault)}</p>')
     if sheet.missing:
@@ -152,8 +169,8 @@ def _scale(sheet: Sheet, opened: bool) -> str:
     return markup.folded(title, "\n".join(parts), opened, "scale")
 
 
-def _rendered(page: Page, name: str) -> str:
-    pictures = [markup.image(figure, name + suffix) for suffix, figure in page.figures.items()]
+def _rendered(page: Page, name: str, draw: Callable[[str, "Figure"], bytes]) -> str:
+    pictures = [markup.image(figure, name + suffix, draw(suffix, figure)) for suffix, figure in page.figures.items()]
     table = [markup.table(page.header, page.body, name)] if page.body else []
     notes = [markup.folded("How it was measured", markup.listed(page.notes))] if page.notes else []
     return "\n".join([*pictures, *table, markup.claims(page.claims, page.claimant), *notes])
@@ -198,9 +215,10 @@ def _line(folder: Path, record: Record) -> str:
     words = [*(f"{group}={name}" for group, name in groups.items()), *asked(record).split()]
     words += [f"seed={record.config['seed']}"] if "seed" in record.config else []
     words += [f"group={record.config.get('group') or 'none'}", f"status={record.status}", record.fingerprint]
-    loss = markup.thinned(_curve(folder, metrics.TRAIN_LOSS.key), SMALL)
+    loss = markup.thinned(curve(folder, metrics.TRAIN_LOSS.key), SMALL)
+    failed = "" if record.status == "done" else " " + markup.badge("fails", record.status)
     cells = [
-        ("run", f'<a href="#run={record.fingerprint}">{record.fingerprint}</a>'),
+        ("run", f'<a href="#run={record.fingerprint}">{record.fingerprint}</a>{failed}'),
         ("model", escape(groups["model"])),
         ("method", escape(f"{groups['svd']} · {groups['ranks']}")),
         ("budget", escape(asked(record))),
@@ -208,7 +226,6 @@ def _line(folder: Path, record: Record) -> str:
         ("task", escape(groups["task"])),
         *zip(STAGES, map(escape, results(record)), strict=True),
         ("loss", markup.sparkline(loss, "training loss by step")),
-        ("status", markup.badge("holds" if record.status == "done" else "fails", record.status)),
     ]
     shown = "".join(f'<td data-label="{label}"{_right(label)}>{content}</td>' for label, content in cells)
     return f'<tr data-run="{record.fingerprint}" data-words="{escape(" ".join(words).lower())}">{shown}</tr>'
@@ -218,17 +235,13 @@ def _right(label: str) -> str:
     return ' class="number"' if label in STAGES else ""
 
 
-def _curve(folder: Path, key: str) -> markup.Points:
-    return [(line["step"] + 1, line[key]) for line in read_history(folder) if line.get(key) is not None]
-
-
 def _data(runs: Runs) -> str:
     """What a run is shown with, as JSON; lines of configs are kept once, for most runs share most of theirs."""
     facts: dict[str, int] = {}
     shown = {}
     for folder, record in runs.latest.values():
         config = [facts.setdefault(fact, len(facts)) for fact in flat(record.config)]
-        curves = {metric.key: markup.thinned(_curve(folder, metric.key), POINTS) for metric in CURVES}
+        curves = {metric.key: markup.thinned(curve(folder, metric.key), POINTS) for metric in CURVES}
         shown[record.fingerprint] = {
             "folder": str(folder),
             "status": record.status,

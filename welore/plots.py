@@ -4,6 +4,7 @@ matplotlib is imported by the first figure and not before, so that a table does 
 without pyplot: nothing is global and no window opens.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -213,3 +214,10 @@ def _label(axes: "Sequence[Axes]", columns: int, below: str, left: str) -> None:
 def save(figure: "Figure", path: Any) -> None:
     """Write the figure as PNG, the same bytes for the same figure."""
     figure.savefig(path, metadata={"Software": None})
+
+
+def png(figure: "Figure") -> bytes:
+    """The bytes that `save` writes."""
+    file = io.BytesIO()
+    save(figure, file)
+    return file.getvalue()
