@@ -82,7 +82,7 @@ def test_the_tokenizer_of_another_model_is_taken_by_its_folder_and_counts_by_con
             ["model.tokenizer=bytes", "model.config.vocab_size=258"],
             ["ids up to 258", "config.vocab_size=259"],
         ),
-        (["task=coinflip"], ["task=coinflip is no running text", "model.tokenizer=NAME"]),
+        (["task=coinflip"], ["task=coinflip has no running text", "model.tokenizer=NAME"]),
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(configured, tmp_path, overrides, words):

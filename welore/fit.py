@@ -27,13 +27,14 @@ from welore.measure import Throughput
 from welore.models import decoder_layers
 from welore.module import Tuner
 from welore.report import announce
+from welore.stream import Stream
 from welore.trainer import CHECKPOINTS, Trainer
 
 
 def fit(
     trainer: Trainer,
     tuner: Tuner,
-    batches: Batches,
+    batches: Batches | Stream,
     validation: DataLoader,
     folder: Path,
     autocast: str | None,

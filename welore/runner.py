@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from welore import checkpoint, metrics
 from welore.alone import alone_in
-from welore.batches import Batches
 from welore.cache import Cache, digest
 from welore.compress import weight_digests
 from welore.config import Config, fingerprint
@@ -157,8 +156,7 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     from welore.snapshots import Snapshots
 
     training = config.task.training
-    rows = config.task.rows(tokenizer, cache, config.seed)
-    batches = Batches(rows, training, config.seed)
+    batches = training.batches(config.task, tokenizer, cache, config.seed)
     held_out = config.task.rows(tokenizer, cache, config.seed, "validation", training.validation_windows)
     validation = DataLoader([held_out.batch(torch.tensor([row])) for row in range(len(held_out))], batch_size=None)
 

@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from welore.batches import Rows, evaluation_windows, training_rows
+from welore.batches import Batches, Rows, evaluation_windows, training_rows
 from welore.cache import Cache, digest
 from welore.errors import Refused
 from welore.evaluate import Benchmark, Windows
 from welore.sources import reading_hub
+from welore.stream import Stream
 from welore.texts import hashed_split, local_split, shuffled, text_files
 
 SHUFFLED = ("train", "calibration")
@@ -107,6 +108,10 @@ class Training:
                 f"{where} has warmup={self.warmup}, floor={self.floor}, clip={self.clip}, lr={self.lr}. "
                 f"Write 0 <= warmup < 1, 0 <= floor <= 1, clip >= 0 and lr > 0."
             )
+
+    def batches(self, task: "Task", tokenizer: Any, cache: Cache, seed: int) -> Batches | Stream:
+        """What a run steps on: sequences of the task in an order fixed by the seed."""
+        return Batches(task.rows(tokenizer, cache, seed), self, seed)
 
     def unfreeze(self, model: PreTrainedModel) -> list[nn.Parameter]:
         """What trains beside the choice of the mode, whichever it is: plain AdamW steps it at the peak rate `lr`."""
@@ -216,10 +221,11 @@ class Task:
         """The sequences of `train` or `validation` that the training budget can use, or `limit` of them."""
         raise NotImplementedError
 
-    def training_texts(self) -> Iterator[str]:
-        """The texts that a tokenizer can be trained on."""
+    def training_texts(self, seed: int = 0) -> Iterator[str]:
+        """The running text to train on, document after document, in an order fixed by the seed."""
         raise Refused(
-            f"task={self.name} is no running text to train a tokenizer on. Write model.tokenizer=NAME, or task=c4."
+            f"task={self.name} has no running text, which model.tokenizer=bpe and task.training.stream=true need. "
+            f"Write task=c4 or another task of texts; or model.tokenizer=NAME, and task.training.stream=false."
         )
 
     def identity(self) -> str:
@@ -241,8 +247,8 @@ class TextTask(Task):
     def rows(self, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None) -> Rows:
         return training_rows(self, tokenizer, cache, seed, split, limit)
 
-    def training_texts(self) -> Iterator[str]:
-        return self.documents("train")
+    def training_texts(self, seed: int = 0) -> Iterator[str]:
+        return self.documents("train", seed)
 
 
 @dataclass
