@@ -156,6 +156,11 @@ class Config:
                 f"mode={self.mode.name} takes the factors of LRCs apart anew, which would fill what prune.where=all "
                 f"has zeroed in them. Write prune.where=nlrc, or another mode."
             )
+        if not self.mode.trains and self.task.training.snapshots(steps=1):
+            raise Refused(
+                f"mode={self.mode.name} trains nothing, and task/training={self.task.training.name} asks for "
+                f"snapshots of the training. Write mode=full, or task.training.snapshot_every=null."
+            )
         if self.mode.trains and not self.task.teaches:
             raise Refused(
                 f"task={self.task.name} has nothing to train on, and mode={self.mode.name} trains. Write mode=none. "
