@@ -88,6 +88,7 @@ def metrics_of(cell, tuned):
         "tuned/perplexity": 9.0,
         "fit/trainable_parameters": 1000,
         "fit/tokens_per_second": 400.0,
+        "fit/seconds": 100.0,
         "fit/peak_gib": 2.0,
     }
     return found | zeros | ANSWERED | (fit if tuned else {})
@@ -139,6 +140,96 @@ def leave_spectra(folder):
         lines = [{"verdict": "right"} | rated_twice(6, None), {"verdict": "unparsed"} | rated_twice(6, 7)]
         (folder / f"answers-{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "ranks.json").write_text(json.dumps(ranks))
+    for name, steps in (("trained", [0]), ("emergence", [0, 2, 5, 8, 16])):
+        (folder / f"probe-{name}.json").write_text(json.dumps(probed(steps)))
+
+
+PROBED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+GAP_NAMES = ("first", "ratio", "fall", "dominance", "assumed", "relative", "share")
+
+
+def probed(steps):
+    """A probe as the claims have it: q, k and gate of the ends are low-rank, gapped and stable, more so later.
+
+    Every number moves with `low`, the rank of a weight among all, from 0 for the most low-rank.
+    """
+    names = [f"model.layers.{layer}.block.{part}" for layer in range(LAYERS) for part in PROBED]
+    low = {
+        name: (0 if part in ("q_proj", "k_proj", "gate_proj") else 1) + (0.1 if layer in (1, 2) else 0) + i / 100
+        for layer in range(LAYERS)
+        for i, part in enumerate(PROBED)
+        for name in [f"model.layers.{layer}.block.{part}"]
+    }
+
+    def described(value):
+        return {
+            "sigma": [1.0, 0.5, 0.25],
+            "r_90": value,
+            "stable_rank": 10 * value,
+            "entropy_rank": value,
+            "below_0.2_max": 1 - value,
+            "above_edge": 3,
+        }
+
+    def seen(name, share):
+        rank = 0.9 - share * (0.8 - 0.3 * low[name])
+        return {
+            "shape": [32, 48],
+            "weight": described(rank),
+            "gradient": described(0.1 + 0.3 * low[name]),
+            "floor": {"cosine": 0.1, "left_16": 0.55, "right_16": 0.4},
+        }
+
+    def curved(name, share):
+        gap = 2 - low[name]
+        return {
+            operator: {
+                "values": [0.01 + low[name], 0.005, 0.004, 0.003, 0.002, 0.001],
+                "residuals": [1e-8] * 6,
+                "gaps": dict.fromkeys(GAP_NAMES, gap),
+                "stable_ranks": [1.2] * 5,
+                "outside": {which: {"1": 1.0, "5": 0.9 - 0.8 * share} for which in ("same", "other", "large")},
+            }
+            for operator in ("hessian", "gauss_newton")
+        }
+
+    def checkpoint(step):
+        share = step / max(1, steps[-1])
+        shown = {
+            "weights": {name: seen(name, min(1.0, 3 * share)) for name in names},
+            "heads": {f"model.layers.{layer}.block": {k: described(0.5) for k in ("qk", "ov")} for layer in range(4)},
+            "seconds": {"look": 1.0},
+        }
+        if step != steps[0] or len(steps) == 1:
+            shown["curvature"] = {name: curved(name, share) for name in names}
+            shown["seconds"]["curvature"] = 2.0
+        if step == steps[-1]:
+            shown["shuffled"] = {name: described(0.95) for name in names}
+            shown["truncated"] = {name: {"0.25": low[name], "0.5": low[name] / 2} for name in names}
+            shown["seconds"]["truncate"] = 1.0
+        return shown
+
+    tables = {
+        name: {
+            key: [[1.0 if s == t else value for t in steps] for s in steps]
+            for key, value in (
+                ("cosine", 0.6 * low[name] - 0.02),
+                ("left_16", 0.95 - low[name] / 20),
+                ("right_16", 0.95 - low[name] / 20),
+            )
+        }
+        for name in names
+    }
+    return {
+        "model": "tiny",
+        "seed": 0,
+        "steps": steps,
+        "probe": {"curvature_windows": 1, "length": 16, "eigenvalues": 5, "steps": 12},
+        "checkpoints": {str(step): checkpoint(step) for step in steps},
+        "pairs": tables,
+        "eigenspaces": {name: {str(step): step / steps[-1] for step in steps[2:]} for name in names},
+        "seconds_between": 1.0,
+    }
 
 
 def whole(name, scale, folder):
@@ -191,7 +282,7 @@ def test_the_artefacts_of_the_paper_are_found():
 def test_an_artefact_says_what_it_is_and_what_it_costs(name):
     caption, cost = about(load(name))
     assert caption.startswith(
-        ("Table", "Figure", "Equal budgets", "Ablation", "Who learns", "Recover")
+        ("Table", "Figure", "Equal budgets", "Ablation", "Who learns", "Why low rank", "Recover")
     ) and caption.endswith(".")
     assert cost.startswith("Cost: ") and "laptop" in cost and "paper" in cost
 

@@ -8,7 +8,7 @@ from welore.blocks import curvature, memory, products
 from welore.config import compose, to_config
 from welore.curvature import hessian, lanczos
 from welore.errors import Refused
-from welore.observe import gradients, look, mean_loss, truncations, weights_of
+from welore.observe import controls, gradients, look, mean_loss, truncations, weights_of
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -66,7 +66,9 @@ def test_a_checkpoint_shows_the_spectra_of_weights_and_gradients(model, probe):
         torch.testing.assert_close(
             torch.tensor(shown[which]["sigma"], dtype=torch.float64), expected, rtol=1e-3, atol=1e-6
         )
-    assert shown["shuffled"]["norm"] == pytest.approx(shown["weight"]["norm"])
+    control = controls(model, probe)[NAME]
+    assert control["norm"] == pytest.approx(shown["weight"]["norm"])
+    assert control["sigma_1"] < shown["weight"]["sigma_1"] * 1.5
     heads = seen.numbers["heads"]["model.layers.1.self_attn"]
     assert heads.keys() == {"qk", "ov"} and 0 < heads["qk"]["r_90"] <= 1
 

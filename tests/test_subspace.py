@@ -45,15 +45,16 @@ def test_a_subspace_is_one_with_itself_in_any_basis_and_zero_with_its_complement
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
 def test_leading_vectors_are_those_of_a_full_svd(shape):
     W = torch.randn(shape)
-    U, _, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    left, right = leading(W, 5)
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    sigma, left, right = leading(W, 5)
+    torch.testing.assert_close(sigma, S, rtol=1e-6, atol=1e-6)
     assert similarity(left, U[:, :5]) == pytest.approx(1)
     assert similarity(right, Vh[:5].T) == pytest.approx(1)
     torch.testing.assert_close(right.T @ right, torch.eye(5, dtype=torch.float64))
 
 
 def test_leading_vectors_end_where_the_matrix_does():
-    left, right = leading(torch.randn(3, 9), 64)
+    _, left, right = leading(torch.randn(3, 9), 64)
     assert left.shape == (3, 3) and right.shape == (9, 3)
 
 

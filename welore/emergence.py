@@ -22,7 +22,7 @@ from welore.cache import Cache, digest
 from welore.config import Config, fingerprint
 from welore.errors import Refused
 from welore.measure import GIB, peak_memory
-from welore.observe import SIDES, Batch, Seen, alike, gradients, look, truncations, weights_of
+from welore.observe import SIDES, Batch, Seen, alike, controls, gradients, look, truncations, weights_of
 from welore.probe import Emergence
 from welore.report import announce
 from welore.subspace import cosine, similarity
@@ -129,8 +129,8 @@ def _with_curvature(probe: Emergence, steps: list[int]) -> list[int]:
 
 
 def _checkpoint(subject: Subject, step: int, bent: list[int]) -> Seen:
-    """All that one checkpoint shows, and how long it took to see it. The last one is truncated, too, and its curvature
-    is that of both operators: of the Hessian alone at those before."""
+    """All that one checkpoint shows, and how long it took to see it. The last one is shuffled and truncated, too, and
+    its curvature is that of both operators: of the Hessian alone at those before."""
     probe, (fixed, other), last = subject.config.probe, subject.batches, step == subject.steps[-1]
     model = subject.model(step)
     started = time.perf_counter()
@@ -139,6 +139,7 @@ def _checkpoint(subject: Subject, step: int, bent: list[int]) -> Seen:
     small, apart = _first(fixed, probe.curvature_windows), _first(other, probe.curvature_windows)
     if last:
         started = time.perf_counter()
+        seen.numbers["shuffled"] = controls(model, probe)
         seen.numbers["truncated"] = truncations(model, probe, _joined(small, apart))
         seconds["truncate"] = time.perf_counter() - started
     if step in bent:

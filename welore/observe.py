@@ -104,34 +104,36 @@ def look(model: PreTrainedModel, probe: Emergence, fixed: Batch, other: Batch) -
     weights, seen = weights_of(model, probe.layers), Seen()
     loss, G_fixed = gradients(model, weights, fixed)
     other_loss, G_other = gradients(model, weights, other)
-    generator = torch.Generator().manual_seed(0)
     found = {}
     for name, W_MN in weights.items():
-        W_MN = W_MN.detach()
-        bases = leading(G_fixed[name], max(probe.ranks)), leading(G_other[name], max(probe.ranks))
-        floor = {"cosine": cosine(G_fixed[name], G_other[name])} | alike(*bases, probe.ranks)
-        control = describe(shuffled(W_MN, generator), probe.thresholds)
+        sigma_K, *bases = leading(G_fixed[name], max(probe.ranks))
+        _, *others = leading(G_other[name], max(probe.ranks))
         found[name] = {
             "shape": list(W_MN.shape),
-            "weight": _described(W_MN, probe.thresholds),
-            "shuffled": control,
-            "gradient": _described(G_fixed[name], probe.thresholds),
-            "floor": floor,
+            "weight": _described(W_MN, singular_values(W_MN), probe.thresholds),
+            "gradient": _described(G_fixed[name], sigma_K, probe.thresholds),
+            "floor": {"cosine": cosine(G_fixed[name], G_other[name])} | alike(bases, others, probe.ranks),
         }
-        seen.matrices |= {f"{name}/{side}": U.float() for side, U in zip(SIDES, bases[0], strict=True)}
+        seen.matrices |= {f"{name}/{side}": U.float() for side, U in zip(SIDES, bases, strict=True)}
         # 8 bits change a cosine by less than a thousandth, and take half of the disk.
         seen.matrices[f"{name}/gradient"] = G_fixed[name].to(torch.bfloat16)
     seen.numbers = {"loss": loss, "other_loss": other_loss, "weights": found, "heads": _head_spectra(model, probe)}
     return seen
 
 
-def _described(W_MN: Tensor, thresholds: Sequence[float]) -> dict[str, Any]:
-    sigma_K = singular_values(W_MN)
-    scalars = describe_spectrum(sigma_K, tuple(W_MN.shape), float(W_MN.double().std()), thresholds)
+def controls(model: PreTrainedModel, probe: Emergence) -> dict[str, dict[str, float]]:
+    """What describes each weight with its entries in a random order."""
+    generator = torch.Generator().manual_seed(0)
+    found = weights_of(model, probe.layers)
+    return {name: describe(shuffled(W_MN.detach(), generator), probe.thresholds) for name, W_MN in found.items()}
+
+
+def _described(W_MN: Tensor, sigma_K: Tensor, thresholds: Sequence[float]) -> dict[str, Any]:
+    scalars = describe_spectrum(sigma_K, tuple(W_MN.shape), float(W_MN.detach().double().std()), thresholds)
     return scalars | {"sigma": [float(f"{value:.5g}") for value in sigma_K.tolist()]}
 
 
-def alike(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], ranks: Sequence[int]) -> dict[str, float]:
+def alike(ours: Sequence[Tensor], theirs: Sequence[Tensor], ranks: Sequence[int]) -> dict[str, float]:
     """phi_r of the left and the right bases of two gradients, such as `left_16`; an r beyond the sides is left out."""
     return {
         f"{side}_{rank}": similarity(U[:, :rank], V[:, :rank])

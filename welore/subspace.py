@@ -55,17 +55,19 @@ def shuffled(W_MN: Tensor, generator: torch.Generator) -> Tensor:
     return W_MN.flatten()[order.to(W_MN.device)].reshape(W_MN.shape)
 
 
-def leading(W_MN: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The first singular vectors of both sides as orthonormal columns, M x R and N x R, in float64.
+def leading(W_MN: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All K singular values, and the first singular vectors of both sides as orthonormal columns, M x R and N x R.
 
-    R is the smallest of `rank` and both sides. Vectors of values that are 0 are any that complete the basis.
+    In float64. R is the smallest of `rank` and both sides. Vectors of values that are 0 are any that complete the
+    basis.
     """
     W_MN = W_MN.detach().double()
     tall = W_MN.shape[0] > W_MN.shape[1]
     rows_KJ = W_MN.T if tall else W_MN
-    near_KR = torch.linalg.eigh(gram(rows_KJ)).eigenvectors.flip(1)[:, :rank]
+    squares_K, near_KK = torch.linalg.eigh(gram(rows_KJ))
+    sigma_K, near_KR = squares_K.clamp(min=0).sqrt().flip(0), near_KK.flip(1)[:, :rank]
     far_JR = torch.linalg.qr(rows_KJ.T @ near_KR).Q
-    return (far_JR, near_KR) if tall else (near_KR, far_JR)
+    return (sigma_K, far_JR, near_KR) if tall else (sigma_K, near_KR, far_JR)
 
 
 def similarity(U_MR: Tensor, V_MR: Tensor) -> float:
