@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Cell, Row
+from experiments.compare import dense
 from experiments.page import Outcomes
 from experiments.scales import setting
+from welore import metrics
 from welore.correlation import Interval
 from welore.observe import SIDES, layer_of
+from welore.report import number
 from welore.subspace import above_chance
 
 FILES = ("probe-emergence.json",)
@@ -142,4 +145,10 @@ def measured(rows: Sequence[Row]) -> list[str]:
     """The text and the device behind the numbers, each said once."""
     texts = dict.fromkeys(f"text: the validation split of {row.cell['task']}" for row in rows)
     devices = dict.fromkeys(f"device: {row.record.environment['device']}" for row in rows)
-    return [*texts, *devices]
+    models = [
+        f"err {row.number(metrics.ERR):.3f}, keep {row.number(metrics.KEEP):.3f}, "
+        f"{row.number(metrics.PARAMETERS) / 1e6:,.1f}M parameters; perplexity dense {dense([row])}"
+        + (f", trained {number(row.found(metrics.TUNED_PERPLEXITY), 2)}" if row.stage == "tuned" else "")
+        for row in rows
+    ]
+    return [*dict.fromkeys(models), *texts, *devices]

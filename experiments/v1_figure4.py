@@ -36,9 +36,10 @@ def render(rows: Sequence[Row]) -> Page:
 def heavier(cut: Cut | None) -> Outcomes:
     shares = {} if cut is None else {c: mean(list(v.values())) for c, v in by_component(cut.above).items()}
     return {
-        f"{heavy} and {light}": shares[heavy] < shares[light] if {heavy, light} <= shares.keys() else None
+        f"{heavy} and {light}": shares[heavy] < shares[light] if shares else None
         for heavy in HEAVY
         for light in LIGHT
+        if not shares or {heavy, light} <= shares.keys()
     }
 
 

@@ -181,10 +181,10 @@ def probed(steps):
         }
 
     def curved(name, share):
-        gap = 2 - low[name]
+        gap, scatter = 2 - low[name], 0.3 * (sum(map(ord, name)) * 7919 % 13) / 13
         return {
             operator: {
-                "values": [0.01 + low[name], 0.005, 0.004, 0.003, 0.002, 0.001],
+                "values": [0.01 + low[name] + scatter, 0.005, 0.004, 0.003, 0.002, 0.001],
                 "residuals": [1e-8] * 6,
                 "gaps": dict.fromkeys(GAP_NAMES, gap),
                 "stable_ranks": [1.2] * 5,
@@ -194,7 +194,7 @@ def probed(steps):
         }
 
     def checkpoint(step):
-        share = step / max(1, steps[-1])
+        share = step / steps[-1] if steps[-1] else 1.0
         shown = {
             "weights": {name: seen(name, min(1.0, 3 * share)) for name in names},
             "heads": {f"model.layers.{layer}.block": {k: described(0.5) for k in ("qk", "ov")} for layer in range(4)},
