@@ -12,7 +12,8 @@ from welore import metrics
 from welore.config import compose, to_config
 from welore.errors import Refused
 from welore.history import History
-from welore.records import read_history
+from welore.loggers import RECORD
+from welore.records import Record, read_history
 from welore.runner import run
 
 HEADER, BLOCK = 7, 32768
@@ -87,13 +88,42 @@ def test_the_offline_run_holds_group_tags_and_the_whole_config(offline_run):
     assert config["mode"]["norms"] is True
 
 
+def test_the_offline_run_holds_what_a_record_is_made_of_again(offline_run):
+    record, logged = offline_run
+    updates = [item for entry in logged for item in entry.summary.update]
+    summary = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
+    about = summary[RECORD]
+    assert (about["status"], about["error"], about["fingerprint"]) == ("done", None, record.fingerprint)
+    assert (about["commit"], about["environment"]) == (record.commit, record.environment)
+    saved = {file.path for entry in logged for file in entry.files.files}
+    assert {"history.jsonl", "ranks.json", "spectra.safetensors"} <= saved
+
+
+def test_a_run_that_fails_is_a_failed_run_there_too_and_says_why(tmp_path):
+    config = to_config(compose(["model=tiny", "logger=offline", f"outputs={tmp_path}"]))
+    record = Record("0123456789", "failed", {"err": 0.3}, {"compressed/breaks_at": "model.layers.1"})
+    error = FloatingPointError("the loss of step 3 is nan")
+    with pytest.raises(FloatingPointError), config.logger.open(tmp_path, record, None, ["a"]) as (logger,):
+        logger.log_metrics({"compress/err": 0.3})
+        raise error
+    (file,) = tmp_path.rglob("*.wandb")
+    items = [item for entry in wandb_records(file) for item in entry.summary.update]
+    summary = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    assert summary[RECORD]["status"] == "failed"
+    assert summary[RECORD]["error"] == "FloatingPointError: the loss of step 3 is nan"
+    assert summary["compressed/breaks_at"] == "model.layers.1"
+
+
 def test_online_without_a_key_is_refused_at_once(tmp_path, monkeypatch):
     for variable in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     config = to_config(compose(["model=tiny", "mode=none", "logger=wandb", f"outputs={tmp_path}"]))
-    with pytest.raises(Refused, match="wandb login"), config.logger.open(tmp_path, "run", None, [], {}):
+    with (
+        pytest.raises(Refused, match="wandb login"),
+        config.logger.open(tmp_path, Record("run", "failed", {}), None, []),
+    ):
         pass
 
 

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from welore.errors import Refused
+from welore.records import HISTORY, Record
 
 if TYPE_CHECKING:  # importing Lightning takes seconds, and a refused config should not
     from lightning.pytorch.loggers import Logger as LightningLogger
+
+RECORD = "record"  # the key of the summary of a W&B run under which stands what W&B has no place for
+ABOUT = ("fingerprint", "commit", "environment", "started")
+FILES = (HISTORY, "ranks.json", "spectra.safetensors", "answers-*.jsonl")  # what artefacts read of a run folder
 
 
 @dataclass
@@ -22,9 +27,9 @@ class Logger:
 
     @contextmanager
     def open(
-        self, folder: Path, run: str, group: str | None, tags: list[str], config: dict[str, Any]
+        self, folder: Path, record: Record, group: str | None, tags: list[str]
     ) -> "Iterator[list[LightningLogger]]":
-        """The loggers beside the history; `run` is the fingerprint, so that a resumed run goes on under its name."""
+        """The loggers beside the history. A resumed run goes on under the fingerprint of its record."""
         yield []
 
 
@@ -38,7 +43,7 @@ class Wandb(Logger):
 
     @contextmanager
     def open(
-        self, folder: Path, run: str, group: str | None, tags: list[str], config: dict[str, Any]
+        self, folder: Path, record: Record, group: str | None, tags: list[str]
     ) -> "Iterator[list[LightningLogger]]":
         os.environ.setdefault("WANDB_SILENT", "true")  # before the import: its start-up lines would break the bars
         import wandb
@@ -55,15 +60,32 @@ class Wandb(Logger):
             project=self.project,
             entity=self.entity,
             offline=self.offline,
-            id=run,
+            id=record.fingerprint,
             resume=None if self.offline else "allow",
             name="/".join(tags),
             group=group,
             tags=tags,
-            config=config,
+            config=record.config,
             settings=wandb.Settings(silent=True, console="off"),
         )
         try:
             yield [logger]
         finally:  # the next run of a sweep is another W&B run
-            logger.experiment.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
+            error = sys.exc_info()[1]
+            _conclude(logger.experiment, folder, record, error)
+            logger.experiment.finish(exit_code=0 if error is None else 1)
+
+
+def _conclude(run: Any, folder: Path, record: Record, error: BaseException | None) -> None:
+    """What it takes to make the record again of the W&B run, whose config and history hold the rest."""
+    text = {key: value for key, value in record.metrics.items() if isinstance(value, str)}
+    about = {key: getattr(record, key) for key in ABOUT}
+    about |= {"status": "done", "error": None} if error is None else {"status": "failed", "error": told(error)}
+    run.summary.update(text | {RECORD: about})
+    for file in [path for pattern in FILES for path in sorted(folder.glob(pattern))]:
+        run.save(str(file), base_path=str(folder), policy="now")
+
+
+def told(error: BaseException) -> str:
+    """The first line of what a record says of an error."""
+    return f"{type(error).__name__}: {error}"

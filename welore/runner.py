@@ -25,6 +25,7 @@ from welore.compress import weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Interrupted, Refused
 from welore.evaluate import Benchmark, Outcome, frozen_weights_in
+from welore.loggers import told
 from welore.measure import GIB, Peak, Throughput, give_back, peak_memory
 from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.modes import norm_parameters, select
@@ -88,7 +89,7 @@ def _made(config: Config, folder: Path) -> Record:
         record.save(folder)
     except BaseException as error:
         record.status, record.seconds = "failed", time.time() - started
-        record.error = f"{type(error).__name__}: {error}"
+        record.error = told(error)
         if not isinstance(error, Refused):
             record.error += "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
         if isinstance(error, STOPPED) or not bring_back(folder):
@@ -137,7 +138,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     found[metrics.NATS.key] = _damage(found)
 
     tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
-    with config.logger.open(folder, record.fingerprint, config.group, tags, asdict(config)) as loggers:
+    with config.logger.open(folder, record, config.group, tags) as loggers:
         if config.mode.trains:
             config.mode.divide(plan.division)
             found |= tune(model, tokenizer, config, folder, cache, loggers)
