@@ -118,6 +118,13 @@ class MtBench(Judged):
             )
         return file
 
+    def fetch(self) -> str | None:
+        if self.path is not None:
+            return None
+        for name in self.files:
+            self._file(name)
+        return f"{self.repo} from the hub"
+
     def _downloaded(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from huggingface_hub import HfApi, is_offline_mode
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
@@ -21,6 +21,7 @@ from welore.lowrank import LowRankLinear
 
 TrainingTexts = Callable[[], Iterable[str]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # config and tokenizer; never code
 
 
 @dataclass
@@ -47,6 +48,10 @@ class Model:
         `texts` are the training texts of the task, for a model that has a tokenizer of its own still to be trained.
         """
         raise NotImplementedError
+
+    def fetch(self) -> str | None:
+        """Bring what `load` reads to this machine, for others without network that share its files. What was fetched;
+        None where all is here."""
 
     def identity(self) -> str:
         """What distinguishes the weights behind this config from others under the same name; part of a fingerprint."""
@@ -75,6 +80,16 @@ class Pretrained(Model):
             model, tokenizer = _from_pretrained(self, str(path))
         _check_vocabulary(model, tokenizer, self.path)
         return model, tokenizer
+
+    def fetch(self) -> str | None:
+        if self._location() is not None:
+            return None
+        try:
+            weights = "*.safetensors" if _has_safetensors(self.path, self.revision) else "*.bin"
+            snapshot_download(self.path, revision=self.revision, allow_patterns=[weights, *BESIDE_WEIGHTS])
+        except Exception as error:  # the hub's client raises what its transport does
+            raise Refused(f"model.path={self.path} cannot be fetched: {reason(error, local=False)}") from error
+        return f"{self.path} from the hub"
 
     def _from_gguf(self, path: Path, folder: Path) -> tuple[PreTrainedModel, Any]:
         """Dequantizing takes far longer than reading the result, which is therefore kept beside the other caches."""
@@ -245,6 +260,10 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> Non
             f"{where}: the tokenizer has ids up to {highest}, but the model embeds only {rows}. "
             f"They belong to different models: put the tokenizer of this model beside its weights."
         )
+
+
+def _has_safetensors(name: str, revision: str | None) -> bool:
+    return any(file.endswith(".safetensors") for file in HfApi().list_repo_files(name, revision=revision))
 
 
 def hub_answers(name: str) -> bool:

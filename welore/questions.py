@@ -146,6 +146,12 @@ class Questions(Task):
             parts = load_dataset(self.repo, self.subset, revision=self.revision)
             return {name: [dict(row) for row in rows] for name, rows in parts.items()}
 
+    def fetch(self) -> str | None:
+        if self.path is not None or self.repo is None:
+            return None
+        self._raws()  # whose client keeps them
+        return f"{self.repo} from the hub"
+
     def identity(self) -> str:
         return content(self.path)
 

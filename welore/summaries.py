@@ -90,6 +90,12 @@ class CnnDailyMail(Judged):
         with reading_hub(f"the articles of {self.name}", self.repo, instead):
             return list(load_dataset(self.repo, self.subset, split=self.split))
 
+    def fetch(self) -> str | None:
+        if self.path is not None:
+            return None
+        self._raws()  # whose client keeps them
+        return f"{self.repo} from the hub"
+
     def _parsed(self, number: int, raw: Any) -> tuple[str, str]:
         found = [raw.get(key) if isinstance(raw, dict) else None for key in ("article", "highlights")]
         if not all(isinstance(text, str) and text.strip() for text in found):

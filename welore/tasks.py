@@ -6,12 +6,15 @@ A source of texts has four splits: train, calibration, validation and test.
 import hashlib
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -149,6 +152,9 @@ class Texts:
     def _source(self, split: str, seed: int) -> Iterator[str]:
         raise NotImplementedError
 
+    def fetch(self) -> str | None:
+        """Bring what `documents` reads to this machine. What was fetched; None where all is here."""
+
     def identity(self) -> str:
         """The content of the local files behind `path`, so that a changed file is another experiment."""
         if self.path is None:
@@ -190,17 +196,37 @@ class Hub(Texts):
 
         part, _, file = self.splits[split].partition(":")
         files = {"data_files": {part: file}} if file else {}
+        place = self._fetched() or self.repo
         instead = (
             "Give a local copy: task.path=FILE_OR_FOLDER or calibration.path=FILE_OR_FOLDER (jsonl with a field "
             "`text`, txt, or raw)."
         )
         with reading_hub(f"the texts of {self.name}", self.repo, instead):
-            rows = load_dataset(self.repo, self.subset, split=part, streaming=True, revision=self.revision, **files)
+            rows = load_dataset(place, self.subset, split=part, streaming=True, revision=self.revision, **files)
             if split in SHUFFLED:
                 rows = rows.shuffle(seed=seed, buffer_size=10_000)
             for row in rows:
                 if text := row["text"].strip("\n"):
                     yield text
+
+    def fetch(self) -> str | None:
+        if self.path is not None:
+            return None
+        named = [file for split in self.splits.values() if (file := split.partition(":")[2])]
+        files = named or [f"{self.subset}/*" if self.subset else "*"]
+        with reading_hub(f"the texts of {self.name}", self.repo, "Try again, or fetch them elsewhere."):
+            snapshot_download(
+                self.repo, repo_type="dataset", revision=self.revision, allow_patterns=["README.md", *files]
+            )
+        return f"{self.repo} from the hub: {', '.join(files)}"
+
+    def _fetched(self) -> str | None:
+        """The folder that `fetch` has filled, where there is no network: a stream asks the hub for its files."""
+        if not is_offline_mode():
+            return None
+        with suppress(LocalEntryNotFoundError):
+            return snapshot_download(self.repo, repo_type="dataset", revision=self.revision, local_files_only=True)
+        return None
 
 
 @dataclass
@@ -227,6 +253,9 @@ class Task:
             f"task={self.name} has no running text, which model.tokenizer=bpe and task.training.stream=true need. "
             f"Write task=c4 or another task of texts; or model.tokenizer=NAME, and task.training.stream=false."
         )
+
+    def fetch(self) -> str | None:
+        """Bring the texts or questions to this machine. What was fetched; None where all is here."""
 
     def identity(self) -> str:
         """The content of the files behind `path`; empty where there is none."""
