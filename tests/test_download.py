@@ -58,6 +58,13 @@ def test_weights_tokenizer_and_the_files_of_every_split_are_fetched_and_no_code(
     assert capsys.readouterr().out.count("fetched") == 3
 
 
+def test_of_a_model_from_scratch_only_a_tokenizer_of_the_hub_is_fetched(hub):
+    assert download.main(["model=llama_9m", "model.tokenizer=owner/name", "task=sotu"]) == 0
+    assert [(repo, "*.safetensors" in options["allow_patterns"]) for repo, options in hub.asked] == [
+        ("owner/name", False)
+    ]
+
+
 def test_statistics_that_a_run_does_not_take_are_not_fetched(hub):
     assert download.main(["model=tiny", "task=wikitext2", "svd=plain", "ranks=uniform", "calibration=c4"]) == 0
     assert [repo for repo, _ in hub.asked] == ["Salesforce/wikitext"]

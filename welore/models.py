@@ -82,14 +82,7 @@ class Pretrained(Model):
         return model, tokenizer
 
     def fetch(self) -> str | None:
-        if self._location() is not None:
-            return None
-        try:
-            weights = "*.safetensors" if _has_safetensors(self.path, self.revision) else "*.bin"
-            snapshot_download(self.path, revision=self.revision, allow_patterns=[weights, *BESIDE_WEIGHTS])
-        except Exception as error:  # the hub's client raises what its transport does
-            raise Refused(f"model.path={self.path} cannot be fetched: {reason(error, local=False)}") from error
-        return f"{self.path} from the hub"
+        return None if self._location() is not None else fetch_from_hub(self.path, self.revision)
 
     def _from_gguf(self, path: Path, folder: Path) -> tuple[PreTrainedModel, Any]:
         """Dequantizing takes far longer than reading the result, which is therefore kept beside the other caches."""
@@ -260,6 +253,16 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> Non
             f"{where}: the tokenizer has ids up to {highest}, but the model embeds only {rows}. "
             f"They belong to different models: put the tokenizer of this model beside its weights."
         )
+
+
+def fetch_from_hub(name: str, revision: str | None = None, key: str = "model.path", weights: bool = True) -> str:
+    """Bring a model, or without `weights` its tokenizer alone, into the hub's local cache. Says what was fetched."""
+    try:
+        kinds = ["*.safetensors" if _has_safetensors(name, revision) else "*.bin"] if weights else []
+        snapshot_download(name, revision=revision, allow_patterns=[*kinds, *BESIDE_WEIGHTS])
+    except Exception as error:  # the hub's client raises what its transport does
+        raise Refused(f"{key}={name} cannot be fetched: {reason(error, local=False, key=key)}") from error
+    return f"{name} from the hub"
 
 
 def _has_safetensors(name: str, revision: str | None) -> bool:

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from welore.cache import Cache, digest
 from welore.errors import Refused
-from welore.models import Random, TrainingTexts, byte_tokenizer, hub_answers, reason
+from welore.models import Random, TrainingTexts, byte_tokenizer, fetch_from_hub, hub_answers, reason
 
 SPECIALS = ["<s>", "</s>", "<pad>"]
+TRAINED_HERE = ("bytes", "bpe")
 
 
 @dataclass
@@ -30,6 +31,11 @@ class Scratch(Random):
         super().__post_init__()
         if self.tokenizer_texts < 1:
             raise Refused(f"model.tokenizer_texts={self.tokenizer_texts} trains no tokenizer. Write 1 or more.")
+
+    def fetch(self) -> str | None:
+        if self.tokenizer in TRAINED_HERE or Path(self.tokenizer).expanduser().exists():
+            return None
+        return fetch_from_hub(self.tokenizer, key="model.tokenizer", weights=False)
 
     def tokenizer_of(self, folder: Path, texts: TrainingTexts | None) -> Any:
         tokenizer, rows = self._made(folder, texts), self.config["vocab_size"]
