@@ -35,7 +35,6 @@ class Pretraining(Training):
                 f"task.training.snapshot_every={self.snapshot_every} is no number of steps. Write 1 or more, or null "
                 f"for no snapshots."
             )
-
         if self.stream and self.steps is None:
             raise Refused("task.training.stream=true reads as many steps as it is told. Write task.training.steps=N.")
 
