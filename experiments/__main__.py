@@ -1,7 +1,7 @@
-"""Tables and figures from records: python -m experiments [NAME [scale=laptop|paper] [outputs=FOLDER] [overrides]]
+"""Tables and figures from records: python -m experiments NAME [scale=laptop|paper] [outputs=FOLDER] [overrides]
 
 Without a name: every artefact with its cells and cost. With overrides the missing cells run first. The name `report`
-stands for one page of them all.
+stands for one page of them all. source=wandb:ENTITY/PROJECT reads runs from W&B in the place of a folder.
 """
 
 import sys
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments import report
+from experiments import online, report
 from experiments.artefacts import SCALES, about, gather, load, names
 from experiments.cells import Cell, Runs, check_infrastructure, default_outputs, launch
 from experiments.memo import remembered
@@ -20,16 +20,18 @@ from welore.explain import explain
 from welore.records import records
 
 REPORT = "report"
+OUTPUTS = "outputs"  # the source that is no other than the folder
 
 
 @dataclass
 class Request:
-    """`scale` and `outputs` say what is read; every other override starts the cells that are missing."""
+    """`scale`, `outputs` and `source` say what is read; every other override starts the cells that are missing."""
 
     name: str | None
     scale: str
     outputs: str
     overrides: list[str]
+    source: str = OUTPUTS
 
 
 def parse(arguments: Sequence[str]) -> Request:
@@ -38,7 +40,7 @@ def parse(arguments: Sequence[str]) -> Request:
         key, equals, value = argument.partition("=")
         if not equals and request.name is None:
             request.name = argument
-        elif key in ("scale", "outputs"):
+        elif key in ("scale", "outputs", "source"):
             setattr(request, key, value)
         else:
             request.overrides.append(argument)
@@ -46,6 +48,8 @@ def parse(arguments: Sequence[str]) -> Request:
         raise Refused(f"scale={request.scale} is unknown. Write scale={' or scale='.join(SCALES)}.")
     if request.name is None and request.overrides:
         raise Refused(f"{request.overrides[0]} needs an artefact: python -m experiments NAME {request.overrides[0]}")
+    if request.source != OUTPUTS and request.overrides:
+        raise Refused(f"source={request.source} is only read: leave it out to run what is missing, with logger=wandb.")
     if request.name == REPORT and request.overrides:
         raise Refused(f"the report starts no run: leave out {' '.join(request.overrides)}, or name one artefact.")
     return request
@@ -53,7 +57,9 @@ def parse(arguments: Sequence[str]) -> Request:
 
 def read(request: Request, name: Callable[[Cell], str]) -> Runs:
     """The runs that a request is about."""
-    return Runs.of(records(Path(request.outputs)), name)
+    if request.source == OUTPUTS:
+        return Runs.of(records(Path(request.outputs)), name)
+    return online.read(request.source, request.outputs, name)
 
 
 def listing(runs: Runs) -> str:

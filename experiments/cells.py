@@ -97,40 +97,46 @@ class Runs:
     """The run of each fingerprint with its folder, and how the fingerprint of a cell is found."""
 
     latest: dict[str, tuple[Path, Record]]
-    name: Callable[[Cell], str] = fingerprint_of
+    name: Callable[[Cell], str]
+    fetch: Callable[[Path, str], None]  # brings a file of a run into its folder, where it is elsewhere
 
     @classmethod
-    def of(cls, found: Iterable[tuple[Path, Record]], name: Callable[[Cell], str] = fingerprint_of) -> "Runs":
+    def of(
+        cls,
+        found: Iterable[tuple[Path, Record]],
+        name: Callable[[Cell], str] = fingerprint_of,
+        fetch: Callable[[Path, str], None] = lambda folder, file: None,
+    ) -> "Runs":
         """Of several runs of one fingerprint the last that is finished, or else the first."""
         latest: dict[str, tuple[Path, Record]] = {}
         for folder, record in found:
             if record.status == "done" or record.fingerprint not in latest:
                 latest[record.fingerprint] = folder, record
-        return cls(latest, name)
+        return cls(latest, name, fetch)
 
     def find(self, cells: Sequence[Cell], needs: Sequence[str] = ()) -> list[Row]:
         """Each cell with its run: the finished record of its fingerprint, in a folder that holds the files `needs`."""
-        return [_row(cell, *self._run(cell), needs) for cell in cells]
+        return [self._row(cell, needs) for cell in cells]
 
-    def _run(self, cell: Cell) -> tuple[Path | None, Record | None]:
-        return self.latest.get(self.name(cell), (None, None)) if self.latest else (None, None)
+    def _row(self, cell: Cell, needs: Sequence[str]) -> Row:
+        folder, record = self.latest.get(self.name(cell), (None, None)) if self.latest else (None, None)
+        if record is None:
+            return Row(cell, why="never run")
+        if record.status != "done":
+            why = (record.error or "no reason given").splitlines()[0]
+            return Row(cell, folder, why=f"failed: {why}", diverged=why.startswith(DIVERGED))
+        for file in needs:
+            if not (folder / file).exists():
+                self.fetch(folder, file)
+        absent = [file for file in needs if not (folder / file).exists()]
+        if absent:
+            return Row(cell, folder, why=f"its run folder has no {' and no '.join(absent)}", again=True)
+        return Row(cell, folder, record)
 
 
 def find(cells: Sequence[Cell], outputs: str, needs: Sequence[str] = ()) -> list[Row]:
     """Each cell with its run in a folder of outputs."""
     return Runs.of(records(Path(outputs))).find(cells, needs)
-
-
-def _row(cell: Cell, folder: Path | None, record: Record | None, needs: Sequence[str]) -> Row:
-    if record is None:
-        return Row(cell, why="never run")
-    if record.status != "done":
-        why = (record.error or "no reason given").splitlines()[0]
-        return Row(cell, folder, why=f"failed: {why}", diverged=why.startswith(DIVERGED))
-    absent = [file for file in needs if not (folder / file).exists()]
-    if absent:
-        return Row(cell, folder, why=f"its run folder has no {' and no '.join(absent)}", again=True)
-    return Row(cell, folder, record)
 
 
 def check_infrastructure(overrides: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from experiments.tuning import curve
 from welore import metrics
 from welore.cache import Cache, digest
 from welore.plots import png
-from welore.records import Record
+from welore.records import HISTORY, Record
 from welore.report import STAGES, number
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ SMALL = 40
 
 def write(runs: Runs, outputs: str) -> Path:
     """Write the page of these runs beside them; its path."""
+    for folder, record in runs.latest.values():
+        if metrics.FIT_STEPS.key in record.metrics and not (folder / HISTORY).exists():
+            runs.fetch(folder, HISTORY)
     sheets = [sheet for name in names() for sheet in _sheets(name, runs, outputs)]
     path = Path(outputs) / FILE
     path.parent.mkdir(parents=True, exist_ok=True)

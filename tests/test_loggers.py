@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,16 @@ def wandb_records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
             yield record
 
 
+def whole_records(path: Path) -> list[wandb_internal_pb2.Record]:
+    """All of them: another process writes the file, and comes to its end a moment after the run."""
+    for _ in range(300):
+        found = list(wandb_records(path))
+        if any(record.HasField("exit") for record in found):
+            return found
+        time.sleep(0.1)
+    raise TimeoutError(f"{path} has no end")
+
+
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline")
@@ -46,7 +57,7 @@ def offline_run(tmp_path_factory):
     config = to_config(compose([*overrides, "logger=offline", "trainer.progress=false", f"outputs={folder}"]))
     record = run(config, folder / "run")
     (file,) = (folder / "run").rglob("*.wandb")
-    return record, list(wandb_records(file))
+    return record, whole_records(file)
 
 
 def test_the_offline_run_holds_every_curve_and_the_result(offline_run):
@@ -102,12 +113,13 @@ def test_the_offline_run_holds_what_a_record_is_made_of_again(offline_run):
 def test_a_run_that_fails_is_a_failed_run_there_too_and_says_why(tmp_path):
     config = to_config(compose(["model=tiny", "logger=offline", f"outputs={tmp_path}"]))
     record = Record("0123456789", "failed", {"err": 0.3}, {"compressed/breaks_at": "model.layers.1"})
+    record.started = "2026-01-01T00:00:00+00:00"
     error = FloatingPointError("the loss of step 3 is nan")
     with pytest.raises(FloatingPointError), config.logger.open(tmp_path, record, None, ["a"]) as (logger,):
         logger.log_metrics({"compress/err": 0.3})
         raise error
     (file,) = tmp_path.rglob("*.wandb")
-    items = [item for entry in wandb_records(file) for item in entry.summary.update]
+    items = [item for entry in whole_records(file) for item in entry.summary.update]
     summary = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
     assert summary[RECORD]["status"] == "failed"
     assert summary[RECORD]["error"] == "FloatingPointError: the loss of step 3 is nan"

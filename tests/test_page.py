@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from test_experiments import no_texts, whole  # noqa: F401, the fixture puts laptop cells on packaged speeches
 
 from experiments import memo, report
 from experiments.__main__ import main
@@ -19,7 +20,6 @@ from experiments.cells import Row, Runs
 from experiments.markup import sparkline, table, thinned
 from experiments.memo import remembered
 from experiments.page import Cited, cited
-from tests.test_experiments import no_texts, whole  # noqa: F401, the fixture puts laptop cells on packaged speeches
 from welore.config import fingerprint
 from welore.records import Record
 

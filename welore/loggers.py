@@ -2,9 +2,11 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +82,9 @@ def _conclude(run: Any, folder: Path, record: Record, error: BaseException | Non
     """What it takes to make the record again of the W&B run, whose config and history hold the rest."""
     text = {key: value for key, value in record.metrics.items() if isinstance(value, str)}
     about = {key: getattr(record, key) for key in ABOUT}
+    about["seconds"] = time.time() - datetime.fromisoformat(record.started).timestamp()
+    # A metric without a value is not logged.
+    about["empty"] = [key for key, value in record.metrics.items() if value is None]
     about |= {"status": "done", "error": None} if error is None else {"status": "failed", "error": told(error)}
     run.summary.update(text | {RECORD: about})
     for file in [path for pattern in FILES for path in sorted(folder.glob(pattern))]:
