@@ -115,6 +115,11 @@ def show(arguments: argparse.Namespace) -> None:
     factor(model, ranks)
     count = count_parameters(model)
     parameters = select(model, config.mode)
+    if config.task.training.unfreeze(model):
+        raise Refused(
+            f"task/training={config.task.training.name} trains the embeddings too, which is not counted here. Write "
+            f"task.training.embeddings=false, or measure a run of a few steps: its fit/peak_gib."
+        )
     trained = sum(p.numel() for p in parameters)
     origin = str(arguments.ranks or f"a stand-in for err={config.err:g}")
     print(f"{config.model.name}, ranks: {origin}; {count / 1e6:,.1f}M parameters, mode={config.mode.name}")
