@@ -9,8 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from welore import checkpoint, emergence
+from welore.cache import Cache
+from welore.config import fingerprint
 from welore.emergence import Subject, examine, probe_file
 from welore.errors import Refused
+from welore.records import Record
+from welore.runner import run
 
 SMALL = ["probe=emergence", "probe.length=16", "probe.windows=2", "probe.curvature_windows=1", "probe.layers=[1]"]
 LESS = ["probe.steps=6", "probe.eigenvalues=2", "probe.samples=1", "probe.curvature_at=2", "probe.snapshots=3"]
@@ -115,9 +119,17 @@ def test_a_model_that_is_not_trained_is_its_own_only_checkpoint(configured, text
     assert found["checkpoints"]["0"].keys() >= {"curvature", "truncated", "weights"}
 
 
-def test_two_batches_share_no_sequence_and_must_be_there(config, folder):
-    from welore.cache import Cache
+def test_a_probe_is_added_to_a_finished_run_and_changes_nothing_of_it(configured, text_file, tmp_path):
+    overrides = ["mode=none", "task/protocol=smoke", f"task.path={text_file}", "save=false"]
+    config = replace(configured(*overrides), outputs=str(tmp_path))
+    first = run(config, tmp_path / "run")
+    watched = replace(configured(*overrides, *SMALL, *LESS), outputs=str(tmp_path))
+    assert fingerprint(watched) == fingerprint(config)
+    assert run(watched, tmp_path / "run") == first == Record.read(tmp_path / "run")
+    assert found_in(tmp_path / "run")["steps"] == [0]
 
+
+def test_two_batches_share_no_sequence_and_must_be_there(config, folder):
     fixed, other = Subject(config, folder, Cache(folder / ".cache")).batches
     assert fixed["ids_BL"].shape == other["ids_BL"].shape == (2, 16)
     assert not (fixed["ids_BL"][:, None] == other["ids_BL"][None]).all(-1).any()

@@ -347,6 +347,12 @@ def test_the_papers_own_numbers_bear_out_its_claims_but_for_tuning_at_ten_percen
     }
 
 
+def test_a_probe_is_added_to_a_finished_run_and_other_files_need_it_again():
+    watched = Row({"mode": "none", "probe": "trained"}, why="no probe-trained.json", again=True)
+    assert "force" not in watched.asked("figure1", "elsewhere")
+    assert replace(watched, cell={"mode": "none"}).asked("figure3", "elsewhere")["force"]
+
+
 def test_a_claim_fails_on_rows_that_contradict_it(tmp_path):
     rows = whole("table1", "laptop", tmp_path)
     rows[2] = changed(rows[2], **{"compressed/perplexity": 99.0})

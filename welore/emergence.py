@@ -57,7 +57,7 @@ class Subject:
 
     @cached_property
     def _as_loaded(self) -> tuple[PreTrainedModel, Any]:
-        return self.config.model.load(self.cache.folder)
+        return self.config.model.load(self.cache.folder, self.config.task.training_texts)
 
     def model(self, step: int) -> PreTrainedModel:
         """In float32, every weight with a gradient, on the device of the run."""
