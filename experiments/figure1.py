@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from experiments import emerged
 from experiments.cells import Cell, Row
 from experiments.emerged import HIGH, LOW, ORDER, Weight, decided, mean, read, weights
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from welore.correlation import spearman
 from welore.maps import layers_figure
 from welore.plots import by_component
@@ -40,7 +40,10 @@ def render(rows: Sequence[Row]) -> Page:
         return Page(header, [], [], claims([]))
     found = read(rows[0], FILE)
     seen, last = weights(found, 0), found["checkpoints"][str(found["steps"][-1])]
-    body = [_line(component, names, last["curvature"]) for component, names in _names(last["curvature"]).items()]
+    body = [
+        _line(cited(component, rows), names, last["curvature"])
+        for component, names in _names(last["curvature"]).items()
+    ]
     probe, tokens = found["probe"], found["probe"]["curvature_windows"] * found["probe"]["length"]
     title = f"{found['model']}: {tokens} tokens, r = {probe['eigenvalues']}, {probe['steps']} Lanczos steps"
     notes = [

@@ -13,7 +13,7 @@ from typing import Any
 from experiments import emerged
 from experiments.cells import Cell, Row
 from experiments.emerged import HIGH, LOW, ORDER, RANK, Weight, decided, floor, mean, read, stability, weights
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from welore.correlation import mean as mean_of
 from welore.maps import Map, heat_figure
 from welore.subspace import above_chance
@@ -38,7 +38,7 @@ def render(rows: Sequence[Row]) -> Page:
         *emerged.cost(rows),
         *emerged.measured(rows),
     ]
-    body = [line(component, seen, found) for component in ORDER]
+    body = [line(cited(component, rows), seen, found) for component in ORDER]
     return Page(header, body, notes, claims(seen, found), {"": figure(found[0])})
 
 

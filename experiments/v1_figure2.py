@@ -13,7 +13,7 @@ from experiments import emerged, figure2
 from experiments.cells import Cell, Row
 from experiments.emerged import HIGH, ORDER, Weight, decided, mean, read, weights
 from experiments.figure2 import drawn, lower_by_block, normalized, short
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from welore.correlation import mean as mean_of
 from welore.maps import Map, heat_figure
 
@@ -37,7 +37,7 @@ def render(rows: Sequence[Row]) -> Page:
         *emerged.cost(rows),
         *emerged.measured(rows),
     ]
-    body = [_line(component, seen, found) for component in ORDER]
+    body = [_line(cited(component, rows), seen, found) for component in ORDER]
     return Page(header, body, notes, claims(seen, found), {"": _figure(found[0])})
 
 

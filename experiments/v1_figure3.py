@@ -13,7 +13,7 @@ from experiments import emerged
 from experiments.cells import Cell, Row
 from experiments.emerged import ORDER, layer_of, mean, read
 from experiments.figure2 import normalized, short
-from experiments.page import Claim, Page
+from experiments.page import Claim, Page, cited
 from welore.counts import above_chance
 from welore.maps import Map, heat_figure
 
@@ -39,7 +39,7 @@ def render(rows: Sequence[Row]) -> Page:
         f"drawn is seed {rows[0].cell['seed']}",
         *emerged.measured(rows),
     ]
-    body = [_line(component, found) for component in ORDER]
+    body = [_line(cited(component, rows), found) for component in ORDER]
     return Page(header, body, notes, claims(found), {"": _figure(found[0])})
 
 

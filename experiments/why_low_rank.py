@@ -13,7 +13,7 @@ from typing import Any
 from experiments import emerged, figure2, v1_figure3
 from experiments.cells import Cell, Row
 from experiments.emerged import ORDER, Weight, decided, mean, read, weights
-from experiments.page import Claim, Outcomes, Page
+from experiments.page import Claim, Outcomes, Page, cited
 from welore.correlation import Interval, curve, spearman
 from welore.correlation import mean as mean_of
 from welore.maps import scatter_figure
@@ -36,7 +36,10 @@ def render(rows: Sequence[Row]) -> Page:
         return Page(header, [], [], claims([], []), claimant="claim")
     found = [read(row) for row in rows]
     seen = [w for row, one in zip(rows, found, strict=True) for w in weights(one, row.cell["seed"])]
-    body = [[cause, *(str(one) for effect in SIGNS for one in correlations(seen, cause, effect))] for cause in CAUSES]
+    body = [
+        [cited(cause, rows), *(str(one) for effect in SIGNS for one in correlations(seen, cause, effect))]
+        for cause in CAUSES
+    ]
     notes = [
         f"Spearman's correlation over {len(seen)} weights of {len(found)} seeds (95 % of resamples of layers and "
         f"seeds); then the partial one at the same depth; then at the same depth and the same {LAMBDA}",

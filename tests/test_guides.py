@@ -1,0 +1,85 @@
+"""The guides do what they say: their commands are run in a copy of this tree, and their diffs are applied to it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
+PARTS = ("conf", "docs", "experiments", "scripts", "tests", "welore")
+FILES = ("run.py", "pyproject.toml", "README.md")
+
+
+def blocks(guide):
+    """The fenced blocks of a guide in their order, each with what stands behind its fence."""
+    return FENCE.findall((ROOT / "docs" / guide).read_text())
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of what is under version control, in which commands can leave what they like."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for part in PARTS:
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=ignored)
+    for file in FILES:
+        shutil.copy(ROOT / file, tmp_path / file)
+    return tmp_path
+
+
+def shell(script, folder):
+    """Run a block of commands as a reader would, who stops at the first that fails."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {
+        "PATH": path,
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+    }
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", ["guide.md", "contributing.md"])
+def test_every_command_of_a_guide_runs_and_every_diff_applies(guide, copy):
+    ran = 0
+    for kind, content in blocks(guide):
+        if kind == "diff":
+            (copy / "change.diff").write_text(content)
+            done = shell("git apply change.diff && rm change.diff", copy)
+        elif kind == "sh":
+            done = shell(content, copy)
+        else:
+            continue
+        ran += 1
+        assert done.returncode == 0, f"{content}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert ran >= 8
+
+
+def test_a_block_is_run_or_says_that_it_is_not():
+    kinds = {guide: {kind for kind, _ in blocks(guide)} for guide in ("guide.md", "contributing.md")}
+    assert kinds == {"guide.md": {"sh", "sh not-run"}, "contributing.md": {"sh", "diff"}}
+
+
+@pytest.mark.parametrize("guide", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_links_of_a_page_lead_somewhere(guide):
+    text = re.sub(FENCE, "", (ROOT / "docs" / guide).read_text())
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    lost = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        page = (ROOT / "docs" / file) if file else ROOT / "docs" / guide
+        titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M) if page.exists() else None
+        if titles is None or anchor and anchor not in {slug(title) for title in titles}:
+            lost.append(link)
+    assert lost == []
+
+
+def slug(title):
+    """The anchor that a heading gets."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
