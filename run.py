@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from welore import processes
 from welore.config import spell_out, to_config
 from welore.errors import Interrupted
 from welore.explain import Failed, conclude, explain
@@ -19,7 +20,9 @@ def run(cfg: DictConfig) -> None:
     config, folder = to_config(cfg), Path(HydraConfig.get().runtime.output_dir)
     from welore.runner import run
 
-    print(summary(run(config, folder), folder), flush=True)
+    record = run(config, folder)
+    if processes.index() == 0:
+        print(summary(record, folder), flush=True)
 
 
 def main() -> int:

@@ -5,11 +5,10 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from uuid import uuid4
 
 import welore
 from experiments.cells import Cell, fingerprint_of
-from welore.cache import digest
+from welore.cache import digest, half
 from welore.config import CONF
 
 
@@ -54,6 +53,6 @@ def _read(path: Path) -> dict[str, str]:
 
 def _write(known: dict[str, str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid4().hex}.part")  # others may write it at the same time
+    part = half(path)
     part.write_text(json.dumps(known))
     part.replace(path)

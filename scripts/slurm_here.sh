@@ -25,7 +25,9 @@ free_port() {  # one that nobody listens on, so that several can run on one mach
 }
 
 configure() {
-  local host memory
+  local host memory cpus
+  cpus=$(env -u OMP_NUM_THREADS nproc)
+  cpus=$((cpus > 2 ? cpus : 2))  # a job of two processes is to run on any machine
   host=$(hostname -s)
   memory=$(($(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo) - 1024))
   cat >"$folder/slurm.conf" <<CONF
@@ -61,7 +63,8 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
-NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory State=UNKNOWN
+SlurmdParameters=config_overrides
+NodeName=$host NodeAddr=127.0.0.1 CPUs=$cpus RealMemory=$memory State=UNKNOWN
 PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent Nodes=$host MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 CONF

@@ -9,13 +9,12 @@ from conftest import ROOT
 
 from welore import snapshots
 from welore.errors import Refused
-from welore.history import read_history
 from welore.lowrank import LowRankLinear
 from welore.models import components
 from welore.modes import select
 from welore.module import Tuner
 from welore.optim import AdamW
-from welore.records import Record
+from welore.records import Record, read_history
 from welore.runner import run
 
 PRETRAIN = ("task/training=pretrain_laptop", "err=0")

@@ -40,6 +40,19 @@ def test_a_file_that_is_no_record_reads_as_none(tmp_path, content):
     assert Record.read(tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    "key, value", [("metrics", {"tuned/perplexity": 5.0}), ("fingerprint", "abd"), ("config", {})]
+)
+def test_a_record_that_was_edited_by_hand_is_told_and_does_not_count(tmp_path, capsys, key, value):
+    record(metrics={"tuned/perplexity": 12.5}).save(tmp_path)
+    content = json.loads((tmp_path / FILE).read_text())
+    (tmp_path / FILE).write_text(json.dumps(content | {key: value}))
+    assert Record.read(tmp_path) is None
+    assert "was edited" in capsys.readouterr().err
+    (tmp_path / FILE).write_text(json.dumps(content))  # laid out in another way, with the same content
+    assert Record.read(tmp_path) == record(metrics={"tuned/perplexity": 12.5})
+
+
 def test_no_file_reads_as_none(tmp_path):
     assert Record.read(tmp_path) is None
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from welore import runner
 from welore.config import compose, to_config
+from welore.errors import Refused
 from welore.evaluate import perplexity
 from welore.runner import run
 
@@ -116,3 +117,9 @@ def test_compressed_weights_that_two_runs_share_are_measured_once(configured, tm
     assert stages == ["dense", "compressed", "tuned", "tuned"]
     assert len({found["compressed/perplexity"] for found in records}) == 1
     assert records[1]["tuned/perplexity"] != records[2]["tuned/perplexity"]
+
+
+def test_the_record_of_another_run_in_its_folder_is_refused(tmp_path):
+    run(config_of(tmp_path, "mode=none"), tmp_path / "run")
+    with pytest.raises(Refused, match="copied there, or edited"):
+        run(config_of(tmp_path, "mode=none", "err=0.3"), tmp_path / "run")

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from welore.history import read_history
-from welore.records import FILE, Record
+from welore.records import FILE, Record, read_history
 
 # One Slurm for all of them, and so one process of pytest.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
@@ -47,7 +46,7 @@ def until(found, seconds=120):
 
 def test_four_cells_are_four_jobs_and_the_second_time_none(cli, slurm, client, tmp_path):
     sweep = [*LAUNCHER, "err=0.3,0.5", "mode=none,welore"]
-    first = cli(*sweep, multirun=True, timeout=300, **slurm, OMP_NUM_THREADS=None)
+    first = cli(*sweep, multirun=True, timeout=500, **slurm, OMP_NUM_THREADS=None)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("record.json") == 4
     found = records(tmp_path / "outputs")
@@ -72,7 +71,7 @@ def test_a_refused_cell_and_a_killed_job_are_named_and_the_others_are_done(cli, 
     with ThreadPoolExecutor() as threads:
         killed = threads.submit(kill_the_long_one)
         cells = ["mode=welore,none", "err=0.5,1.5", "task.training.steps=100000"]
-        done = cli(*LAUNCHER, *cells, multirun=True, timeout=300, **slurm)
+        done = cli(*LAUNCHER, *cells, multirun=True, timeout=500, **slurm)
     assert done.returncode == 2
     assert "left no result" in done.stderr and "err=1.5 is not a fraction" in done.stderr
     done_there = [r for r in records(tmp_path / "outputs") if r.status == "done"]
@@ -90,7 +89,7 @@ def test_without_slurm_the_launcher_says_so(cli, tmp_path):
     assert "there is no srun" in refused.stderr
 
 
-TRAINING = ["mode=welore", "err=0.5", "task.training.steps=300", "task.training.validate_every=100"]
+TRAINING = ["mode=welore", "err=0.5", "task.training.steps=100", "task.training.validate_every=50"]
 
 
 def test_a_signalled_job_requeues_itself_and_ends_as_one_that_was_never_stopped(cli, slurm, client, tmp_path):
@@ -112,7 +111,7 @@ def test_a_signalled_job_requeues_itself_and_ends_as_one_that_was_never_stopped(
     options = ["trainer.checkpoint_every=100000", "force=true", "logger=offline"]
     with ThreadPoolExecutor() as threads:
         signalled = threads.submit(signal_after_step_20)
-        done = cli(*LAUNCHER, *TRAINING, *options, multirun=True, timeout=300, **slurm)
+        done = cli(*LAUNCHER, *TRAINING, *options, multirun=True, timeout=500, **slurm)
     assert done.returncode == 0, done.stderr
     folder = signalled.result()
     log = next((tmp_path / "outputs" / "slurm").rglob("*_0_log.err")).read_text()
@@ -124,3 +123,32 @@ def test_a_signalled_job_requeues_itself_and_ends_as_one_that_was_never_stopped(
     assert not (folder / "checkpoints").exists()
     lives = [path.name for path in (folder / "wandb").glob("offline-run-*")]
     assert len(lives) == 2 and {name.rpartition("-")[2] for name in lives} == {ours.fingerprint}
+
+
+def test_two_processes_train_one_cell_as_one_does_and_write_it_once(cli, slurm, tmp_path):
+    alone = cli(*TRAINING, f"outputs={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    done = cli(
+        *LAUNCHER, "hydra.launcher.tasks_per_node=2", *TRAINING, "trainer=ddp", multirun=True, timeout=500, **slurm
+    )
+    logs = "".join(path.read_text() for path in (tmp_path / "outputs" / "slurm").rglob("*_log.err"))
+    assert done.returncode == 0, done.stderr + logs
+    (ours,), (theirs,) = records(tmp_path / "outputs"), records(tmp_path / "alone")
+    assert ours.fingerprint == theirs.fingerprint
+    # The sums are the same in another order.
+    assert ours.metrics["tuned/perplexity"] == pytest.approx(theirs.metrics["tuned/perplexity"], rel=1e-4)
+    assert ours.metrics["fit/tokens"] == theirs.metrics["fit/tokens"]
+    ours, theirs = (next((tmp_path / name).rglob("history.jsonl")).parent for name in ("outputs", "alone"))
+    assert [step for step, _ in steps(ours)] == list(range(100))
+    assert [loss for _, loss in steps(ours)] == pytest.approx([loss for _, loss in steps(theirs)], rel=1e-4)
+    assert not (ours / "checkpoints").exists()
+    assert done.stdout.count("record.json") == 1
+
+
+def test_processes_that_a_trainer_does_not_use_are_refused(cli, slurm, tmp_path):
+    several = cli(*LAUNCHER, "hydra.launcher.tasks_per_node=2", *TRAINING, multirun=True, timeout=500, **slurm)
+    assert several.returncode == 2
+    assert "Write trainer=ddp" in several.stderr
+    one = cli(*TRAINING, "trainer=ddp")
+    assert one.returncode == 2
+    assert "srun --ntasks=2" in one.stderr

@@ -7,12 +7,14 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from welore import processes
 from welore.cache import Cache, digest
 from welore.errors import Refused
 from welore.loss import IGNORED
@@ -37,7 +39,7 @@ def _ids(texts: list[str], tokenizer: Any, cache: Cache, special: bool) -> list[
         return {"ids": flat, "lengths": torch.tensor([len(row) for row in ids])}
 
     key = digest(tokenizer_identity(tokenizer), str(special), *texts)
-    saved = cache.get("tokens", key, torch.load, torch.save, make)
+    saved = cache.get("tokens", key, partial(torch.load, weights_only=True), torch.save, make)
     return [row.tolist() for row in saved["ids"].split(saved["lengths"].tolist())]
 
 
@@ -165,7 +167,8 @@ class Batches:
     """The passes of a training run, `accumulate` to an optimizer step, in an order fixed by the seed.
 
     Each pass is a batch of `Rows` with `scored`, the number of scored tokens in the
-    whole step: a loss divided by it is a mean over tokens, however the step is divided into passes. Where the rows run
+    whole step: a loss divided by it is a mean over tokens, however the step is divided into passes and, where several
+    processes train together, each pass among them (`real` counts the tokens of all). Where the rows run
     out, they are used again in another order. The position is saved with a checkpoint, so that a resumed run goes on
     with the batch after the last one that it stepped on.
     """
@@ -175,6 +178,13 @@ class Batches:
         self.generator_seed = seed
         self.position = 0
         self.order = self._order()
+        self.size = training.batch // training.accumulate
+        if self.size < processes.count():
+            raise Refused(
+                f"task.training.batch={training.batch} in accumulate={training.accumulate} passes gives "
+                f"{self.size} sequences to {processes.count()} processes. Start fewer processes, or write a smaller "
+                f"task.training.accumulate."
+            )
         self.steps = len(self.order) // training.batch
 
     def _order(self) -> Tensor:
@@ -204,14 +214,14 @@ class Batches:
         return self.steps * self.training.accumulate
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        size = self.training.batch // self.training.accumulate
         start, self.position = self.position, 0
         for index in range(start, len(self)):
             step = index // self.training.accumulate
             of_step = self.order[step * self.training.batch : (step + 1) * self.training.batch]
-            chosen = self.order[index * size : (index + 1) * size]
+            of_pass = self.order[index * self.size : (index + 1) * self.size]
+            counts = {"scored": self.rows.scored(of_step), "real": self.rows.lengths_B[of_pass].sum()}
             self.position = index + 1
-            yield self.rows.batch(chosen) | {"scored": self.rows.scored(of_step)}
+            yield self.rows.batch(of_pass[processes.index() :: processes.count()]) | counts
         self.position = 0
 
     def state_dict(self) -> dict[str, int]:

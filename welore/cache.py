@@ -1,11 +1,13 @@
 """Results on disk, found again by the content of what they were computed from."""
 
 import hashlib
+import os
+import shutil
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
-from uuid import uuid4
 
 T = TypeVar("T")
 
@@ -18,6 +20,29 @@ def digest(*parts: str | bytes | memoryview) -> str:
         state.update(len(raw).to_bytes(8, "little"))
         state.update(raw)
     return state.hexdigest()
+
+
+def half(path: Path) -> Path:
+    """Where a file is written before it takes its place, whole: beside it, and named after this process."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+
+
+def discard_halves(folder: Path) -> None:
+    """Remove what killed processes of this machine have left half-written under `folder`; those of others stay."""
+    for part in folder.rglob(f"*.{socket.gethostname()}.*.part"):
+        process = part.name.split(".")[-2]
+        if process != str(os.getpid()) and not _is_alive(int(process)):
+            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 class Cache:
@@ -41,7 +66,7 @@ class Cache:
                 print(f"cache: {path} is damaged ({type(error).__name__}: {error}); it is made again", file=sys.stderr)
         value = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{uuid4().hex}.part")  # processes on other nodes may write it too
+        part = half(path)  # other processes may write it too
         try:
             write(value, part)
             part.replace(path)

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors import safe_open
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from welore.cache import Cache, digest
+from welore.cache import Cache, digest, half
 from welore.errors import Refused
 from welore.evaluate import FORWARD_TOKENS, autocast, causal_loss
 from welore.models import components, decoder_layers
@@ -62,7 +61,7 @@ class Statistics:
     def of(self, name: str, device: torch.device | str = "cpu") -> Moments:
         """The moments of one weight, refused where they are not finite."""
         entry = self.index[name]
-        with safe_open(self.folder / entry["file"], framework="pt", device=str(device)) as tensors:
+        with safe_open(self.folder / Path(entry["file"]).name, framework="pt", device=str(device)) as tensors:
             wanted = {field: key for field, key in entry["tensors"].items() if LEVELS[field] <= self.needs}
             found = {field: tensors.get_tensor(key) for field, key in wanted.items()}
         moments = Moments(entry["tokens"], **found, damping=self.damping, gradient_damping=self.gradient_damping)
@@ -97,7 +96,8 @@ def gather(
     levels = [root / f"{key}-{level.name.lower()}" for level in Needs if level >= needs]
     folder = next((folder for folder in levels if (folder / INDEX).exists()), levels[0])
     if not (folder / INDEX).exists():
-        part = folder.with_name(f"{folder.name}.{uuid4().hex}.part")
+        part = half(folder)
+        rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         try:
             calibrate(model, windows_BL, needs, part, dtype, calibration.labels, calibration.seed)

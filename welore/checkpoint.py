@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -120,6 +120,12 @@ def save(model: PreTrainedModel, tokenizer: Any, folder: Path, **options) -> Non
     tokenizer.save_pretrained(folder)
     for weights in folder.glob("*.safetensors"):  # written for their owner alone, unlike every other file
         weights.chmod((folder / "config.json").stat().st_mode)
+
+
+def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    """The model in eval mode and the tokenizer that `save` has written."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def _describe(model: PreTrainedModel) -> None:

@@ -117,7 +117,8 @@ SCHEMAS = {
     "judge/local": judges.Local,
     "probe/none": probe.Probe,
     "probe/emergence": probe.Emergence,
-    "trainer": trainer.Trainer,
+    "trainer/alone": trainer.Trainer,
+    "trainer/ddp": trainer.Ddp,
     "logger/none": loggers.Logger,
     "logger/wandb": loggers.Wandb,
 }
@@ -160,6 +161,11 @@ class Config:
             raise Refused(
                 f"mode={self.mode.name} trains nothing, and task/training={self.task.training.name} asks for "
                 f"snapshots of the training. Write mode=full, or task.training.snapshot_every=null."
+            )
+        if self.trainer.together and self.mode.takes_turns:
+            raise Refused(
+                f"mode={self.mode.name} trains other parameters from step to step, and trainer={self.trainer.name} "
+                f"agrees with its processes once on what trains. Write trainer=gpu, or another mode."
             )
         if self.mode.trains and not self.task.teaches:
             raise Refused(

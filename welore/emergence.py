@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from welore.blocks import OPERATORS, check_attention, curvature, memory, products
-from welore.cache import Cache, digest
+from welore.cache import Cache, digest, half
 from welore.config import Config, fingerprint
 from welore.errors import Refused
 from welore.measure import GIB, peak_memory
@@ -213,14 +213,14 @@ def _likeness(ours: dict, theirs: dict, name: str, ranks: list[int]) -> dict[str
 
 def _keep(seen: Seen, stem: Path, key: str) -> None:
     """The matrices first: a checkpoint whose numbers are there is whole."""
-    part = stem.with_suffix(".part")
+    part = half(stem)
     save_file({name: M.detach().cpu().contiguous() for name, M in seen.matrices.items()}, part)
     part.replace(stem.with_suffix(".safetensors"))
     _write({"key": key, "numbers": seen.numbers}, stem.with_suffix(".json"))
 
 
 def _write(found: dict[str, Any], file: Path) -> None:
-    part = file.with_suffix(".json.part")
+    part = half(file)
     part.write_text(json.dumps(found))
     part.replace(file)
 

@@ -1,10 +1,12 @@
 """Lightning's Trainer on one device: fit, checkpoint, resume."""
 
+import io
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -16,11 +18,14 @@ import torch
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.checkpoint import checkpoint as run_again
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from welore import processes
 from welore.batches import Batches
+from welore.cache import half
 from welore.errors import Interrupted
 from welore.history import History
 from welore.measure import Throughput
@@ -46,21 +51,24 @@ def fit(
 
     What is `watching` sees each step before the checkpoint of that step is written.
     """
-    history = History(folder)
     last = folder / CHECKPOINTS / "last.ckpt"
-    done = _steps_done(last)
+    done = processes.told(_steps_done(last))
     checkpoint = str(last) if done else None
     if done:
         announce(f"go on after step {done} of {batches.steps}")
-    history.start_at(done)
+    first = processes.index() == 0
+    bars = trainer.progress and first
+    if first:
+        loggers = [History(folder), *loggers]
+        loggers[0].start_at(done)
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # stdout is for the table alone
         warnings.simplefilter("ignore")  # hints about workers, srun and services that do not concern this run
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         training = batches.training
-        own = [_checkpoints(last, trainer.checkpoint_every), Stop(last), *_bar(trainer.progress)]
+        own = [_checkpoints(last, trainer.checkpoint_every), Stop(last), *_bar(bars)]
         runner = LightningTrainer(
             accelerator="gpu" if trainer.place().type == "cuda" else "cpu",
-            devices=1,
+            **trainer.spread(),
             precision={None: "32-true", "bfloat16": "bf16-mixed"}[autocast],
             max_epochs=1,
             max_steps=batches.steps,
@@ -68,10 +76,10 @@ def fit(
             val_check_interval=min(training.validate_every * training.accumulate, len(batches)),
             num_sanity_val_steps=0,
             log_every_n_steps=1,
-            logger=[history, *loggers],
+            logger=loggers,
             callbacks=[throughput, *watching, *own],
-            plugins=_slurm_plugins(),
-            enable_progress_bar=trainer.progress,
+            plugins=[Whole(), *_slurm_plugins()],
+            enable_progress_bar=bars,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
@@ -81,7 +89,8 @@ def fit(
 
 
 REQUEUE = signal.SIGUSR2  # what submitit asks Slurm to send before the time limit and on preemption
-SIGNALS = (signal.SIGTERM, signal.SIGINT, REQUEUE)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, REQUEUE)  # the last one wins: Slurm sends SIGTERM after it
+LEAVE = 60  # seconds
 
 
 @contextmanager
@@ -118,13 +127,21 @@ class Stop(Callback):
     def _note(self, number: int, frame) -> None:
         if number == self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal != REQUEUE:  # Slurm sends SIGTERM after it
+        if self.signal != REQUEUE:
             self.signal = number
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-        if self.signal is not None and (index + 1) % trainer.accumulate_grad_batches == 0:
+        if (index + 1) % trainer.accumulate_grad_batches == 0 and self._anywhere(trainer, module.device):
             trainer.save_checkpoint(self.checkpoint)
             self.saved = True
+
+    def _anywhere(self, trainer, device: torch.device) -> bool:
+        """Whether a signal came to any process: they stop after the same step, for the same reason."""
+        number = torch.tensor(0 if self.signal is None else SIGNALS.index(self.signal) + 1, device=device)
+        number = int(trainer.strategy.reduce(number, reduce_op="max"))
+        if number:
+            self.signal = SIGNALS[number - 1]
+        return number > 0
 
     def on_train_batch_start(self, trainer, module, batch, index) -> None:
         # Only here has the step before been logged.
@@ -134,6 +151,7 @@ class Stop(Callback):
             requeue = self.before[REQUEUE]
             if self.signal == REQUEUE and callable(requeue):
                 requeue(REQUEUE, None)  # submitit's: it exits, or raises where the job was requeued too often
+                time.sleep(LEAVE)  # in all processes but the first, which Slurm ends when it requeues the job
             raise Interrupted(f"{stopped}; the same command goes on from there", self.signal)
 
     def on_train_end(self, trainer, module) -> None:
@@ -147,6 +165,25 @@ class Stop(Callback):
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+
+
+class Whole(TorchCheckpointIO):
+    """Checkpoints that appear whole or not at all: a kill or a full disk leaves the one before.
+
+    Lightning moves a file there from the folder for temporary ones, which copies it where that is another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        part = half(path)
+        try:
+            part.write_bytes(content.getbuffer())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _checkpoints(last: Path, every: int) -> ModelCheckpoint:

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from lightning.pytorch import Callback
 
-from welore import metrics
+from welore import metrics, processes
 
 GIB = 2**30
 WARM_UP_STEPS = 2  # the first steps allocate, compile and fill caches
@@ -102,7 +102,7 @@ class Throughput(Callback):
         synchronize(module.device)
         self._spent += time.perf_counter() - self._start
         self._real += int(batch["real"])
-        self._padded += batch["ids_BL"].numel()
+        self._padded += batch["ids_BL"].numel() * processes.count()
         self._passes += 1
         if self._passes == self.accumulate:
             self.seconds.append(self._spent)

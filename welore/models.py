@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from welore.cache import digest
+from welore.cache import digest, half
 from welore.errors import Refused
 from welore.lowrank import LowRankLinear
 
@@ -39,6 +38,10 @@ class Model:
         for key, value in (("dtype", self.dtype), ("autocast", self.autocast)):
             if value is not None and value not in DTYPES:
                 raise Refused(f"model.{key}={value} is unknown. Write one of {', '.join(DTYPES)}.")
+        if "/" in self.name or self.name.startswith("."):
+            raise Refused(
+                f"model.name={self.name} names a folder of outputs. Write a name without / and dot before it."
+            )
         if self.autocast == "float16":
             raise Refused("model.autocast=float16 would need its gradients scaled. Write bfloat16, or null for none.")
 
@@ -90,7 +93,7 @@ class Pretrained(Model):
         if not converted.exists():
             model, tokenizer = _from_pretrained(self, str(path.parent), gguf_file=path.name)
             model.hf_quantizer.remove_quantization_config(model)  # dequantized: an ordinary model from here on
-            part = converted.with_name(f"{converted.name}.{uuid4().hex}.part")
+            part = half(converted)
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
             with suppress(OSError):  # another process was faster
@@ -281,6 +284,7 @@ def hub_answers(name: str) -> bool:
 
 
 def _from_pretrained(source: Pretrained, path: str, **options) -> tuple[PreTrainedModel, Any]:
+    options |= {"trust_remote_code": False}  # a model may come from anyone; without this transformers would ask
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model, report = AutoModelForCausalLM.from_pretrained(

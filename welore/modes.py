@@ -31,6 +31,11 @@ class Mode:
         """Whether it takes LRCs apart anew, which leaves no zero of a pruned factor where it was."""
         return False
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether which parameters train changes from step to step."""
+        return False
+
     def divide(self, lrc: Mapping[str, int]) -> None:
         """Hear which weights are WeLore's LRCs, and at which ranks; most modes look at the model alone."""
 

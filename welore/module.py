@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from welore import metrics
+from welore import metrics, processes
 from welore.errors import Refused
 from welore.evaluate import causal_loss, first_not_finite
 from welore.measure import Throughput, peak_memory
@@ -46,8 +46,8 @@ class Tuner(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
         total, _ = self.loss(batch["ids_BL"], batch["labels_BL"])
-        # A mean over the tokens of the whole step; Lightning divides by the number of passes.
-        loss = total / batch["scored"] * self.training_config.accumulate
+        # A mean over the tokens of the whole step; Lightning divides by the number of passes and that of processes.
+        loss = total / batch["scored"] * self.training_config.accumulate * processes.count()
         if not math.isfinite(float(loss.detach())):
             where = first_not_finite(self.model, batch["ids_BL"])
             raise FloatingPointError(
@@ -60,7 +60,7 @@ class Tuner(LightningModule):
     def on_train_batch_end(self, outputs, batch, index) -> None:
         if (index + 1) % self.training_config.accumulate:
             return
-        self.log(metrics.TRAIN_LOSS.key, self._step_loss, prog_bar=True)
+        self.log(metrics.TRAIN_LOSS.key, self._step_loss, prog_bar=True, sync_dist=processes.count() > 1)
         self.log(metrics.TRAIN_LR.key, self.learning_rate)
         self.log(metrics.TRAIN_TOKENS.key, float(self.tokens_seen))
         self.log(metrics.TRAIN_PEAK_GIB.key, self.peak.gib)

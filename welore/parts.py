@@ -160,6 +160,10 @@ class Lisa(Full):
             return set(torch.multinomial(self._shares, self.layers, generator=draw).tolist())
         return set(torch.randperm(len(self._blocks), generator=draw)[: self.layers].tolist())
 
+    @property
+    def takes_turns(self) -> bool:
+        return True
+
     def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         masters = {id(parameter): master for parameter, master in optimizer.pairs}
         drawn = self.drawn(step)

@@ -4,14 +4,18 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from welore.cache import digest, half
+
 FILE = "record.json"
 HISTORY = "history.jsonl"  # one line for each logged step, written as they come
+SEAL = "seal"  # a digest of all the rest, so that an edit by hand is noticed
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,32 @@ class Record:
     def save(self, folder: Path) -> None:
         """Write `record.json` whole or not at all. A number that is not finite is written as null."""
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{FILE}.part"
+        part = half(folder / FILE)
         try:
-            part.write_text(json.dumps(_finite(asdict(self)), indent=2, sort_keys=True, allow_nan=False))
+            content = _finite(asdict(self))
+            sealed = content | {SEAL: _seal(content)}
+            part.write_text(json.dumps(sealed, indent=2, sort_keys=True, allow_nan=False))
             part.replace(folder / FILE)
         finally:
             part.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
-        """The record in a run folder, or None where there is none or it cannot be read."""
+        """The record in a run folder, or None where there is none, it cannot be read, or it was edited by hand."""
         try:
-            return cls(**json.loads((folder / FILE).read_text()))
-        except (OSError, ValueError, TypeError):
+            content = json.loads((folder / FILE).read_text())
+            seal = content.pop(SEAL, None)  # records of earlier versions have none
+            record = cls(**content)
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
+        if seal is not None and seal != _seal(content):
+            print(f"{folder / FILE} was edited after its run had written it, and does not count", file=sys.stderr)
+            return None
+        return record
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return digest(json.dumps(content, sort_keys=True))
 
 
 def records(root: Path) -> list[tuple[Path, Record]]:
@@ -119,7 +135,7 @@ def set_aside(folder: Path) -> None:
     aside = folder / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    for path in list(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != FILE):  # what is left is no finished run
         if path.name not in (ASIDE, ".hydra", ".lock") and path.suffix != ".log":
             path.rename(aside / path.name)
 
@@ -129,7 +145,7 @@ def bring_back(folder: Path) -> bool:
     aside = folder / ASIDE
     if not aside.exists():
         return False
-    for path in list(aside.iterdir()):
+    for path in sorted(aside.iterdir(), key=lambda path: path.name == FILE):
         place = folder / path.name
         shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
         path.rename(place)

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,16 +19,16 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from welore import checkpoint, metrics
+from welore import checkpoint, metrics, processes
 from welore.alone import alone_in
-from welore.cache import Cache, digest
+from welore.cache import Cache, digest, discard_halves
 from welore.compress import weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Interrupted, Refused
 from welore.evaluate import Benchmark, Outcome, frozen_weights_in
 from welore.loggers import told
 from welore.measure import GIB, Peak, Throughput, give_back, peak_memory
-from welore.models import components, count_bytes, count_parameters, flops_per_token
+from welore.models import DTYPES, components, count_bytes, count_parameters, flops_per_token
 from welore.modes import norm_parameters, select
 from welore.optim import state_bytes
 from welore.prune import count_zeros
@@ -36,7 +37,7 @@ from welore.records import Record, bring_back, discard_aside, set_aside
 from welore.report import announce
 from welore.rounds import compress, sparsity
 from welore.sparse import KeptZeros
-from welore.trainer import discard_checkpoints
+from welore.trainer import CHECKPOINTS, discard_checkpoints
 
 MODEL = "model"
 STOPPED = (Interrupted, KeyboardInterrupt, SystemExit)  # from outside: the same command goes on; submitit exits
@@ -46,15 +47,29 @@ def run(config: Config, folder: Path) -> Record:
     """The record of this config: read from `folder` where it is done, made and written there where it is not.
 
     Where another process is at it, this one waits, and then reads what the other has made or goes on from where it
-    was killed. A run that fails leaves a record of status `failed` with all that it had measured. A finished run that
-    is forced again is set aside until the new one is done, and comes back whole if that fails.
+    was killed. Where several train it together, the first does all but their share of the training. A run that fails
+    leaves a record of status `failed` with all that it had measured. A finished run that is forced again is set aside
+    until the new one is done, and comes back whole if that fails.
     """
+    if config.mode.trains:
+        config.trainer.spread()  # which refuses, before hours of compression, what does not fit the processes
+    with processes.joined():
+        if processes.index() == 0:
+            return processes.told(_first(config, folder))
+        while not isinstance(found := processes.told(), Record):
+            _help(config, folder, found)
+        return found
+
+
+def _first(config: Config, folder: Path) -> Record:
     if not config.force and not config.probe.examines and (finished := _finished(folder)):
+        _check_identity(finished, config, folder)
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     with alone_in(folder):
         if finished := _finished(folder):
             if not config.force:
+                _check_identity(finished, config, folder)
                 _examine(config, folder)
                 return finished
             set_aside(folder)
@@ -68,6 +83,14 @@ def _finished(folder: Path) -> Record | None:
     return record if record is not None and record.status == "done" else None
 
 
+def _check_identity(record: Record, config: Config, folder: Path) -> None:
+    if record.fingerprint != fingerprint(config):
+        raise Refused(
+            f"{folder} holds the record of the run {record.fingerprint}, and this is {fingerprint(config)}: it was "
+            f"copied there, or edited. Move it away, or write force=true."
+        )
+
+
 def _requeued() -> bool:
     """Whether Slurm has started this job before: it goes on, also where it was forced to start again then."""
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
@@ -75,20 +98,22 @@ def _requeued() -> bool:
 
 def _made(config: Config, folder: Path) -> Record:
     gc.collect()  # the model of a sweep's cell before is held by cycles, and would count as memory of this one
-    started = time.time()
+    started = time.perf_counter()  # for the clock of a machine may be set while it works
     record = Record(
         fingerprint(config),
         "failed",
         asdict(config),
         commit=_commit(),
-        started=datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    for place in (folder, Path(config.outputs) / ".cache"):
+        discard_halves(place)
     try:
         _story(config, folder, record)
-        record.status, record.seconds = "done", time.time() - started
+        record.status, record.seconds = "done", time.perf_counter() - started
         record.save(folder)
     except BaseException as error:
-        record.status, record.seconds = "failed", time.time() - started
+        record.status, record.seconds = "failed", time.perf_counter() - started
         record.error = told(error)
         if not isinstance(error, Refused):
             record.error += "\n" + "".join(traceback.format_tb(error.__traceback__)[-3:])
@@ -141,6 +166,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     with config.logger.open(folder, record, config.group, tags) as loggers:
         if config.mode.trains:
             config.mode.divide(plan.division)
+            _call(model, tokenizer, folder, plan.division)
             found |= tune(model, tokenizer, config, folder, cache, loggers)
             found |= _told(_measure(model, benchmark, config, "tuned"), folder, "tuned")
             found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
@@ -148,6 +174,20 @@ def _story(config: Config, folder: Path, record: Record) -> None:
             logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
     if config.save:
         checkpoint.save(model, tokenizer, folder / MODEL)
+
+
+def _call(model: PreTrainedModel, tokenizer: Any, folder: Path, division: Mapping[str, int]) -> None:
+    """Let the other processes train this compressed model too: they read it, and take part in `tune`."""
+    if processes.count() > 1:
+        checkpoint.save(model, tokenizer, folder / CHECKPOINTS / MODEL)
+        processes.told(division)
+
+
+def _help(config: Config, folder: Path, division: Mapping[str, int]) -> None:
+    """What a process does that was called: its share of the training, and no more."""
+    model, tokenizer = checkpoint.load(folder / CHECKPOINTS / MODEL, DTYPES[config.model.dtype])
+    config.mode.divide(division)
+    tune(model.to(config.trainer.place()), tokenizer, config, folder, Cache(Path(config.outputs) / ".cache"), [])
 
 
 def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: list) -> dict[str, Any]:
@@ -172,7 +212,8 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     tuner = Tuner(model, config.mode, parameters, training, batches.steps, zeros, besides)
     throughput = Throughput(training.accumulate)
     after = training.snapshots(batches.steps)
-    watching = [Snapshots(model, tokenizer, config.mode, after, folder)] if after else []
+    snapshots = [Snapshots(model, tokenizer, config.mode, after, folder)] if after else []
+    watching = snapshots if processes.index() == 0 else []
     device = next(model.parameters()).device
     give_back(device)  # of what compression freed
     started = time.perf_counter()

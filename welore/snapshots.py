@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from welore import checkpoint
+from welore.cache import half
 from welore.errors import Refused
 from welore.modes import Mode
 
@@ -54,7 +55,7 @@ class Snapshots(Callback):
             checkpoint.describe(ended, self.folder)
             self.tokenizer.save_pretrained(self.folder)
         file = self.folder / file_name(step)
-        part = file.with_suffix(".part")
+        part = half(file)
         save_file({name: weight.cpu().contiguous() for name, weight in named_weights(ended).items()}, part)
         part.chmod((self.folder / "config.json").stat().st_mode)  # else readable by their owner alone
         part.replace(file)

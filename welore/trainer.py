@@ -1,12 +1,14 @@
-"""On which device a run computes, and how often it saves."""
+"""On which devices a run computes, and how often it saves."""
 
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
+from welore import processes
 from welore.errors import Refused
 
 CHECKPOINTS = "checkpoints"
@@ -17,6 +19,7 @@ class Trainer:
     """Nothing here changes a result: the device, the steps between two checkpoints, whether bars are shown, and
     whether every decoder layer is run again for its gradient, which takes less memory and more time (`recompute`)."""
 
+    together: ClassVar[bool] = False  # several processes for one cell
     name: str
     device: str
     checkpoint_every: int
@@ -29,6 +32,15 @@ class Trainer:
         if self.checkpoint_every < 1:
             raise Refused(f"trainer.checkpoint_every={self.checkpoint_every} saves never. Write 1 or more steps.")
 
+    def spread(self) -> dict[str, Any]:
+        """How Lightning spreads the training over processes: here one process trains alone."""
+        if processes.count() > 1:
+            raise Refused(
+                f"Slurm has started {processes.count()} processes for one cell, and trainer={self.name} trains in "
+                f"one. Write trainer=ddp, or start one task."
+            )
+        return {"devices": 1}
+
     def place(self) -> torch.device:
         """The device; under Slurm also as many threads as the job has CPUs, for torch sees those of the machine."""
         if self.device == "gpu" and not torch.cuda.is_available():
@@ -38,6 +50,22 @@ class Trainer:
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE"):
             torch.set_num_threads(int(cpus))
         return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Ddp(Trainer):
+    """Every process holds the whole model and sees its share of every batch; their gradients are averaged."""
+
+    together: ClassVar[bool] = True
+
+    def spread(self) -> dict[str, Any]:
+        if processes.count() == 1:
+            raise Refused(
+                f"trainer={self.name} trains in the processes that Slurm starts, and there is one. Write "
+                f"hydra/launcher=slurm hydra.launcher.tasks_per_node=2, or srun --ntasks=2 python run.py ..."
+            )
+        nodes = int(os.environ["SLURM_NNODES"])
+        return {"devices": processes.count() // nodes, "num_nodes": nodes, "strategy": "ddp"}
 
 
 def discard_checkpoints(folder: Path) -> None:
