@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from welore import evaluate
 from welore.evaluate import autocast, causal_loss, first_not_finite, frozen_weights_in, perplexity
+from welore.optim import AdamW
 
 
 @pytest.fixture
@@ -18,6 +19,23 @@ def independent(model, windows_BL):
     with torch.no_grad():
         losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in windows_BL]
     return math.exp(sum(losses) / len(losses))
+
+
+def test_a_loss_sees_every_step_of_an_output_matrix_that_trains(model, windows_BL):
+    """Under autocast, where a frozen one is cast once for all."""
+    loss = causal_loss(model)
+    optimizer = AdamW([model.lm_head.weight], lr=0.1)
+    losses = []
+    for _ in range(3):
+        with torch.no_grad(), autocast(windows_BL.device, "bfloat16"):
+            losses.append(float(loss(windows_BL, windows_BL)[0]))
+            fresh = float(causal_loss(model)(windows_BL, windows_BL)[0])
+        assert losses[-1] == pytest.approx(fresh, rel=1e-6)
+        total, scored = loss(windows_BL, windows_BL)
+        (total / scored).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[2] < losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("together", [1, 64, 2048])

@@ -63,6 +63,8 @@ class _Cast:
         kind = weight.device.type
         if not torch.is_autocast_enabled(kind) or weight.dtype == torch.get_autocast_dtype(kind):
             return weight
+        if weight.requires_grad:  # fused optimizers change content without a new version
+            return weight
         key = (weight.data_ptr(), weight._version, torch.get_autocast_dtype(kind))
         if key != self.key:
             self.key, self.weight = key, weight.detach().to(torch.get_autocast_dtype(kind))
