@@ -172,6 +172,8 @@ class Config:
                 f"task={self.task.name} has nothing to train on, and mode={self.mode.name} trains. Write mode=none. "
                 f"To measure a tuned model, tune it on another task with save=true and give its folder: model=FOLDER."
             )
+        if self.probe.examines and self.mode.trains:
+            self._check_watched()
         if isinstance(self.ranks, ranks.Given):
             self.err = self.keep = self.bytes = self.flops = None  # the file is the budget
             return
@@ -193,6 +195,19 @@ class Config:
             raise Refused(
                 f"calibration.rounds={self.calibration.rounds}, and svd={self.svd.name} with ranks={self.ranks.name} "
                 f"needs no statistics. Write calibration.rounds=1, or an option that needs some, such as svd=kfac."
+            )
+
+    def _check_watched(self) -> None:
+        """Refuse to train for hours what the probe could not look at afterwards."""
+        if not self.task.training.snapshots(1):
+            raise Refused(
+                f"probe={self.probe.name} looks at snapshots, and task/training={self.task.training.name} leaves no "
+                f"snapshots. Write task/training=pretrain_laptop, or mode=none to probe the model as it is loaded."
+            )
+        if self.err != 0:
+            raise Refused(
+                f"probe={self.probe.name} looks at dense weights, and this run cuts the model before it trains it. "
+                f"Write err=0."
             )
 
     @property

@@ -315,6 +315,8 @@ def _check_positions(model: PreTrainedModel, config: Config, benchmark: Benchmar
     lengths = {benchmark.longest_key: benchmark.longest} if benchmark.longest is not None else {}
     if config.mode.trains:
         lengths["task.training.length"] = config.task.training.length
+    if config.probe.examines:
+        lengths["probe.length"] = config.probe.length
     if config.needs:
         lengths["calibration.window"] = config.calibration.window
     for key, length in lengths.items():
