@@ -67,12 +67,22 @@ class Weight:
 
 
 def weights(found: dict[str, Any], seed: int) -> list[Weight]:
+    """The weights at the last checkpoint.
+
+    What says how low-rank one is stands against the same entries in a random order, for it depends on the shape too:
+    of random matrices a square one has the lower r_90. `r_90` and `entropy rank` are ratios to that control, `below`
+    is the difference; `gradient r_90` is a ratio to the control of the weight.
+    """
     steps, last = found["steps"], found["checkpoints"][str(found["steps"][-1])]
     rows = []
     for name, shown in last["weights"].items():
-        numbers = {"r_90": shown["weight"]["r_90"], "below": shown["weight"][THRESHOLD]}
-        numbers |= {"stable rank": shown["weight"]["stable_rank"], "entropy rank": shown["weight"]["entropy_rank"]}
-        numbers |= {"r_90 shuffled": last["shuffled"][name]["r_90"], "gradient r_90": shown["gradient"]["r_90"]}
+        control = last["shuffled"][name]
+        numbers = {
+            "r_90": shown["weight"]["r_90"] / control["r_90"],
+            "entropy rank": shown["weight"]["entropy_rank"] / control["entropy_rank"],
+            "below": shown["weight"][THRESHOLD] - control[THRESHOLD],
+            "gradient r_90": shown["gradient"]["r_90"] / control["r_90"],
+        }
         numbers |= {f"nats at {share}": nats for share, nats in last["truncated"][name].items()}
         for operator, curved in last["curvature"][name].items():
             numbers |= {f"{operator} {gap}": value for gap, value in curved["gaps"].items()}

@@ -26,7 +26,15 @@ def cells(scale: str) -> list[Cell]:
 
 
 def render(rows: Sequence[Row]) -> Page:
-    header = ["component", "phi of successive checkpoints", "floor", "cosine", "r_90 at first", "at last", "shuffled"]
+    header = [
+        "component",
+        "phi of successive checkpoints",
+        "floor",
+        "cosine",
+        "r_90 at first",
+        "at last",
+        "of shuffled",
+    ]
     if any(row.missing for row in rows):
         return Page(header, [], [], claims([], []))
     found = [read(row) for row in rows]
@@ -34,6 +42,8 @@ def render(rows: Sequence[Row]) -> Page:
     notes = [
         f"phi_{RANK} of gradients, chance subtracted, and cosines are means over successive checkpoints in the second "
         f"half, over layers and {len(rows)} seeds; the floor is phi_{RANK} of two batches at one checkpoint",
+        "r_90 is a share of all singular values; of shuffled: the last one over that of the same entries in a random "
+        "order, which takes out the shape",
         f"drawn is seed {rows[0].cell['seed']}, checkpoints {', '.join(map(str, found[0]['steps']))}",
         *emerged.cost(rows),
         *emerged.measured(rows),
@@ -45,21 +55,21 @@ def render(rows: Sequence[Row]) -> Page:
 def line(component: str, seen: Sequence[Weight], found: Sequence[dict[str, Any]]) -> list[str]:
     of = [w.numbers for w in seen if w.component == component]
     floors = [floor(one, name) for one in found for name in one["pairs"] if name.endswith(component)]
-    first = [
-        shown["weight"]["r_90"]
-        for one in found
-        for name, shown in one["checkpoints"][str(one["steps"][0])]["weights"].items()
-        if name.endswith(component)
-    ]
     return [
         component,
         f"{mean([n['subspace'] for n in of]):.3f}",
         f"{mean(floors):.3f}",
         f"{mean([n['cosine'] for n in of]):.3f}",
-        f"{mean(first):.3f}",
+        f"{mean(r_90(found, component, 0)):.3f}",
+        f"{mean(r_90(found, component, -1)):.3f}",
         f"{mean([n['r_90'] for n in of]):.3f}",
-        f"{mean([n['r_90 shuffled'] for n in of]):.3f}",
     ]
+
+
+def r_90(found: Sequence[dict[str, Any]], component: str, place: int) -> list[float]:
+    """Of every weight of a component at one checkpoint, as a share of its singular values."""
+    shown = [one["checkpoints"][str(one["steps"][place])]["weights"] for one in found]
+    return [one[name]["weight"]["r_90"] for one in shown for name in one if name.endswith(component)]
 
 
 def drawn(found: dict[str, Any]) -> list[str]:
@@ -102,7 +112,8 @@ def claims(seen: Sequence[Weight], found: Sequence[dict[str, Any]]) -> list[Clai
         ),
         Claim("low rank emerges early: most of the fall of r_90 is in the first quarter", None, emerges_early(found)),
         Claim(
-            "low rank differs by component: r_90 of q, k and gate ends below that of v, up and down (C1)",
+            "low rank differs by component: r_90, over its control, of q, k and gate ends below that of v, up and "
+            "down (C1)",
             None,
             ends_lower(seen),
         ),
@@ -110,19 +121,21 @@ def claims(seen: Sequence[Weight], found: Sequence[dict[str, Any]]) -> list[Clai
 
 
 def stabilize_more(found: Sequence[dict[str, Any]]) -> Outcomes:
-    """In each layer of each run: the mean of the ones less that of the others, what the floor accounts for removed."""
+    """In each layer of each run: the mean of the ones less that of the others; then of what lies above the floor."""
     if not found:
         return {"the difference": None}
-    differences, blocks = [], []
-    for number, one in enumerate(found):
-        for layer in sorted({emerged.layer_of(name) for name in one["pairs"]}):
-            sides = [
-                [stability(one, n) for n in one["pairs"] if emerged.layer_of(n) == layer and n.endswith(parts)]
-                for parts in (LOW, HIGH)
-            ]
-            differences.append(mean(sides[0]) - mean(sides[1]))
-            blocks.append((number, layer))
-    return decided(mean_of(differences, blocks), 1, "the difference of phi")
+    measures = {"phi": stability, "phi less its floor": lambda one, name: stability(one, name) - floor(one, name)}
+    outcomes: Outcomes = {}
+    for what, measure in measures.items():
+        differences, blocks = [], []
+        for number, one in enumerate(found):
+            for layer in sorted({emerged.layer_of(name) for name in one["pairs"]}):
+                names = [name for name in one["pairs"] if emerged.layer_of(name) == layer]
+                low, high = (mean([measure(one, n) for n in names if n.endswith(side)]) for side in (LOW, HIGH))
+                differences.append(low - high)
+                blocks.append((number, layer))
+        outcomes |= decided(mean_of(differences, blocks), 1, f"difference of {what}")
+    return outcomes
 
 
 def emerges_early(found: Sequence[dict[str, Any]]) -> Outcomes:

@@ -77,7 +77,7 @@ def claims(seen: Sequence[Weight], found: Sequence[dict[str, Any]]) -> list[Clai
             saturates(seen),
         ),
         Claim(
-            "gradients of q, k and gate are more low-rank than those of v, up and down (their r_90 is lower)",
+            "gradients of q, k and gate are more low-rank than those of v, up and down (r_90, over the control)",
             None,
             lower_gradients(seen),
         ),

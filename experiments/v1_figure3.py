@@ -97,8 +97,11 @@ def claims(found: Sequence[dict[str, Any]]) -> list[Claim]:
 
 
 def below_control(found: Sequence[dict[str, Any]], component: str) -> bool | None:
+    """Whether a sign test decides for or against it; None where it decides nothing."""
     if not found:
         return None
     pairs = zip(_of(found, component, -1, "r_90"), _shuffled(found, component), strict=True)
     signs = [ours < control for ours, control in pairs if ours != control]
-    return above_chance(sum(signs), len(signs), 0.5) < 0.01
+    if above_chance(sum(signs), len(signs), 0.5) < 0.01:
+        return True
+    return False if above_chance(len(signs) - sum(signs), len(signs), 0.5) < 0.01 else None

@@ -43,8 +43,10 @@ def render(rows: Sequence[Row]) -> Page:
     notes = [
         f"Spearman's correlation over {len(seen)} weights of {len(found)} seeds (95 % of resamples of layers and "
         f"seeds); then the partial one at the same depth; then at the same depth and the same {LAMBDA}",
-        f"below: the share of singular values below 0.2 of the largest; nats at 0.25: the rise of the loss where a "
-        f"weight keeps a quarter of its ranks; subspace: phi_{emerged.RANK} of successive gradients, above chance",
+        f"r_90: over that of the same entries in a random order, which takes out the shape; below: the share of "
+        f"singular values below 0.2 of the largest, less that of the control; nats at 0.25: the rise of the loss "
+        f"where a weight keeps a quarter of its ranks; subspace: phi_{emerged.RANK} of successive gradients, less "
+        "chance",
         *eigen_notes(found),
         *emerged.cost(rows),
         *emerged.measured(rows),
@@ -84,7 +86,7 @@ def _figure(seen: Sequence[Weight]):
 
     pairs = [(cause, effect) for effect in ("r_90", "nats at 0.25") for cause in ("hessian fall", LAMBDA, "subspace")]
     title = f"{len(seen)} weights of {len({w.seed for w in seen})} seeds at the end of pretraining"
-    return scatter_figure([panel(*pair) for pair in pairs], title, log=[LAMBDA])
+    return scatter_figure([panel(*pair) for pair in pairs], title, log=[LAMBDA, "nats at 0.25"])
 
 
 def claims(seen: Sequence[Weight], found: Sequence[dict[str, Any]]) -> list[Claim]:

@@ -77,7 +77,10 @@ def layers_figure(panels: dict[str, dict[str, Points]], title: str, log: Sequenc
 def scatter_figure(
     panels: Sequence[tuple[str, str, dict[str, Points]]], title: str, log: Sequence[str] = ()
 ) -> "Figure":
-    """Panels of one number against another, (below, left, points by component); those in `log` on log scales."""
+    """Panels of one number against another, (below, left, points by component).
+
+    Numbers in `log` are on a log scale, which is linear within 0.001 of 0 where some of them are not positive.
+    """
     from matplotlib.figure import Figure
 
     columns = -(-len(panels) // 2) if len(panels) > 4 else len(panels)
@@ -88,7 +91,11 @@ def scatter_figure(
         for position, (label, points) in enumerate(clouds.items()):
             marker = "osD^vPX"[position % 7]
             axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4, linestyle="", alpha=0.8)
-        axis.set(xscale="log" if below in log else "linear", yscale="log" if left in log else "linear")
+        points = [point for cloud in clouds.values() for point in cloud]
+        sides = zip((below, left), zip(*points, strict=True), (axis.set_xscale, axis.set_yscale), strict=True)
+        for name, values, rescale in sides:
+            if name in log:
+                rescale("log") if min(values) > 0 else rescale("symlog", linthresh=1e-3)
         axis.set_xlabel(below, size="small")
         axis.set_ylabel(left, size="small")
         axis.spines[["top", "right"]].set_visible(False)
