@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from welore.config import compose, to_config
+from welore.config import Config, compose, to_config
 from welore.explain import explain
 from welore.records import FILE, Record, read_history
 from welore.runner import run
@@ -36,11 +36,22 @@ CELL = [
 KILLS = 20
 
 
-def live(outputs: Path) -> None:
+@pytest.fixture(scope="module")
+def config_of(text_file):
+    """A function of a folder and overrides to the config of the run that writes there."""
+
+    def config_of(outputs, *overrides):
+        return to_config(compose([*CELL, f"task.path={text_file}", f"outputs={outputs}", *overrides]))
+
+    return config_of
+
+
+def live(config: Config) -> None:
     """One life of the run, in a process of its own."""
     os.environ["TQDM_DISABLE"] = "1"
+    outputs = Path(config.outputs)
     sys.stderr = (outputs / "log").open("a")
-    run(to_config(compose([*CELL, f"outputs={outputs}"])), outputs / "run")
+    run(config, outputs / "run")
 
 
 def losses(folder: Path) -> list[tuple]:
@@ -64,14 +75,14 @@ def names(outputs: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def start():
+def start(config_of):
     """A function that starts a life in `outputs`: forked from a process that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_faults", "welore.runner", "welore.fit", "lightning.pytorch"])
 
     def start(outputs):
         outputs.mkdir(exist_ok=True)
-        process = context.Process(target=live, args=(outputs,))
+        process = context.Process(target=live, args=(config_of(outputs),))
         process.start()
         return process
 
@@ -139,12 +150,8 @@ def mounted(folder: Path, *options: str):
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def config_of(outputs: Path, *overrides: str):
-    return to_config(compose([*CELL, f"outputs={outputs}", *overrides]))
-
-
 @pytest.mark.parametrize("size", [64, 256, 768, 1280, 1792])
-def test_a_full_disk_is_told_and_what_it_holds_is_whole(whole, tmp_path, capsys, size):
+def test_a_full_disk_is_told_and_what_it_holds_is_whole(whole, config_of, tmp_path, capsys, size):
     """At sizes (KiB) that end before, while and after it trains; with more room the same command goes on."""
     expected, _ = whole
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs") as disk:
@@ -163,7 +170,7 @@ def test_a_full_disk_is_told_and_what_it_holds_is_whole(whole, tmp_path, capsys,
         check(disk, expected)
 
 
-def test_outputs_that_cannot_be_written_are_told(tmp_path, capsys):
+def test_outputs_that_cannot_be_written_are_told(config_of, tmp_path, capsys):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=64k,ro", "tmpfs") as disk:
         with pytest.raises(OSError) as stopped:
             run(config_of(disk), disk / "run")
@@ -171,14 +178,14 @@ def test_outputs_that_cannot_be_written_are_told(tmp_path, capsys):
         assert "Read-only file system" in capsys.readouterr().err
 
 
-def test_a_finished_run_is_read_from_where_nothing_can_be_written(tmp_path):
+def test_a_finished_run_is_read_from_where_nothing_can_be_written(config_of, tmp_path):
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=64m", "tmpfs") as disk:
         made = run(config_of(disk, "mode=none"), disk / "run")
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         assert run(config_of(disk, "mode=none"), disk / "run") == made
 
 
-def test_a_clock_that_goes_backwards_changes_no_result(whole, tmp_path, monkeypatch):
+def test_a_clock_that_goes_backwards_changes_no_result(whole, config_of, tmp_path, monkeypatch):
     expected, _ = whole
     now = iter(range(2_000_000_000, 0, -3600))
     monkeypatch.setattr(time, "time", lambda: float(next(now)))

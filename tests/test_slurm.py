@@ -136,11 +136,11 @@ def test_two_processes_train_one_cell_as_one_does_and_write_it_once(cli, slurm, 
     (ours,), (theirs,) = records(tmp_path / "outputs"), records(tmp_path / "alone")
     assert ours.fingerprint == theirs.fingerprint
     # The sums are the same in another order.
-    assert ours.metrics["tuned/perplexity"] == pytest.approx(theirs.metrics["tuned/perplexity"], rel=1e-4)
+    assert ours.metrics["tuned/perplexity"] == pytest.approx(theirs.metrics["tuned/perplexity"], rel=1e-5)
     assert ours.metrics["fit/tokens"] == theirs.metrics["fit/tokens"]
     ours, theirs = (next((tmp_path / name).rglob("history.jsonl")).parent for name in ("outputs", "alone"))
     assert [step for step, _ in steps(ours)] == list(range(100))
-    assert [loss for _, loss in steps(ours)] == pytest.approx([loss for _, loss in steps(theirs)], rel=1e-4)
+    assert [loss for _, loss in steps(ours)] == pytest.approx([loss for _, loss in steps(theirs)], rel=1e-5)
     assert not (ours / "checkpoints").exists()
     assert done.stdout.count("record.json") == 1
 

@@ -20,6 +20,8 @@ OUT_OF_MEMORY = (
     "task.training.accumulate, which divides a step into more passes, lower task.training.length, or take mode=welore "
     "or mode=lora, which train fewer parameters."
 )
+# What torch and safetensors make of a full disk, whose error number they do not hand on.
+FULL_DISK = re.compile(r"No space left on device|inline_container.*unexpected pos|file write failed")
 TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT)
 
@@ -69,6 +71,8 @@ def _foreseen(error: BaseException) -> tuple[str, int] | None:
             return str(cause), 1
         if isinstance(cause, torch.OutOfMemoryError):
             return f"the device is out of memory. {OUT_OF_MEMORY} {str(cause).splitlines()[0]}", 1
+        if not isinstance(cause, OSError) and (said := FULL_DISK.search(str(cause))):
+            return f"the run cannot be written ({said[0]}). Make room and start it again: it goes on.", 1
         if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
             place = f"{cause.filename} cannot be written" if cause.filename else "the run cannot be written"
             return f"{place} ({cause.strerror}). Give a folder that can be: outputs=FOLDER.", 1
