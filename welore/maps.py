@@ -88,14 +88,14 @@ def scatter_figure(
     figure = Figure(figsize=(3.2 * columns, 3.0 * rows + 0.6), dpi=150, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (below, left, clouds) in zip(axes, panels, strict=False):
-        for position, (label, points) in enumerate(clouds.items()):
-            marker = "osD^vPX"[position % 7]
-            axis.plot(*zip(*points, strict=True), label=label, marker=marker, markersize=4, linestyle="", alpha=0.8)
         points = [point for cloud in clouds.values() for point in cloud]
         sides = zip((below, left), zip(*points, strict=True), (axis.set_xscale, axis.set_yscale), strict=True)
         for name, values, rescale in sides:
             if name in log:
                 rescale("log") if min(values) > 0 else rescale("symlog", linthresh=1e-3)
+        for position, (label, cloud) in enumerate(clouds.items()):
+            marker = "osD^vPX"[position % 7]
+            axis.plot(*zip(*cloud, strict=True), label=label, marker=marker, markersize=4, linestyle="", alpha=0.8)
         axis.set_xlabel(below, size="small")
         axis.set_ylabel(left, size="small")
         axis.spines[["top", "right"]].set_visible(False)
