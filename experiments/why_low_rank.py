@@ -23,6 +23,7 @@ GAPS = ("hessian ratio", "hessian fall", "hessian relative", "hessian share", "g
 LAMBDA = "hessian lambda_1"
 CAUSES = (*GAPS, LAMBDA, "gauss_newton lambda_1", "subspace", "cosine")
 SIGNS = {"r_90": -1, "below": 1, "nats at 0.25": -1}  # of what a larger gap or stability is to go with
+ALIKE = ("depth", "lambda_1", "component")
 K = "5"  # eigenvectors of the alignment, as many as the probe keeps
 
 
@@ -31,7 +32,7 @@ def cells(scale: str) -> list[Cell]:
 
 
 def render(rows: Sequence[Row]) -> Page:
-    header = ["", *(f"{effect}{what}" for effect in SIGNS for what in ("", ", same depth", ", same lambda_1"))]
+    header = ["", *(f"{effect}{what}" for effect in SIGNS for what in ("", *map(", same {}".format, ALIKE)))]
     if any(row.missing for row in rows):
         return Page(header, [], [], claims([], []), claimant="claim")
     found = [read(row) for row in rows]
@@ -42,7 +43,8 @@ def render(rows: Sequence[Row]) -> Page:
     ]
     notes = [
         f"Spearman's correlation over {len(seen)} weights of {len(found)} seeds (95 % of resamples of layers and "
-        f"seeds); then the partial one at the same depth; then at the same depth and the same {LAMBDA}",
+        f"seeds); then partial ones: at the same depth, at the same depth and {LAMBDA}, and at the same depth and in "
+        "the same component",
         f"r_90: over that of the same entries in a random order, which takes out the shape; below: the share of "
         f"singular values below 0.2 of the largest, less that of the control; nats at 0.25: the rise of the loss "
         f"where a weight keeps a quarter of its ranks; subspace: phi_{emerged.RANK} of successive gradients, less "
@@ -55,13 +57,19 @@ def render(rows: Sequence[Row]) -> Page:
 
 
 def correlations(seen: Sequence[Weight], cause: str, effect: str) -> list[Interval | str]:
-    """Plain, at the same depth, and at the same depth and lambda_1; a dash where the cause is lambda_1 itself."""
+    """Plain; at the same depth; also at the same lambda_1 (a dash for lambda_1 itself); or in the same component."""
     x, y = ([w.numbers[key] for w in seen] for key in (cause, effect))
     depth = [float(w.layer) for w in seen]
     blocks = [w.block for w in seen]
     same = [w.numbers[LAMBDA] for w in seen]
-    last = "—" if cause == LAMBDA else spearman(x, y, blocks, [depth, same])
-    return [spearman(x, y, blocks), spearman(x, y, blocks, [depth]), last]
+    curved = "—" if cause == LAMBDA else spearman(x, y, blocks, [depth, same])
+    kinds = [[float(w.component == kind) for w in seen] for kind in ORDER]
+    return [
+        spearman(x, y, blocks),
+        spearman(x, y, blocks, [depth]),
+        curved,
+        spearman(x, y, blocks, [depth, *kinds]),
+    ]
 
 
 def eigen_notes(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -98,6 +106,7 @@ def claims(seen: Sequence[Weight], found: Sequence[dict[str, Any]]) -> list[Clai
         ("C3: subspaces stay more alike in training than between two batches", above_floor(found)),
         ("C4: a larger gap goes with lower rank", each(seen, GAPS, ["r_90"], 0)),
         ("C4: it does at the same depth and the same lambda_1", each(seen, GAPS, ["r_90"], 2)),
+        ("C4: it does at the same depth in the same component", each(seen, GAPS, ["r_90"], 3)),
         ("the rival: lower lambda_1 goes with lower rank", rival(seen, "r_90")),
         ("the rival: lower lambda_1 goes with less loss where truncated", rival(seen, "nats at 0.25")),
         ("more stable subspaces go with lower rank (Section 2.5)", each(seen, ["subspace"], list(SIGNS)[:2], 0)),
@@ -154,8 +163,12 @@ def each(seen: Sequence[Weight], causes: Sequence[str], effects: Sequence[str], 
 def rival(seen: Sequence[Weight], effect: str) -> Outcomes:
     if not seen:
         return {"lambda_1": None}
-    plain, same_depth, _ = correlations(seen, LAMBDA, effect)
-    return decided(plain, 1, "lambda_1") | decided(same_depth, 1, "at the same depth")
+    plain, same_depth, _, same_component = correlations(seen, LAMBDA, effect)
+    return (
+        decided(plain, 1, "lambda_1")
+        | decided(same_depth, 1, "at the same depth")
+        | decided(same_component, 1, "in the same component")
+    )
 
 
 def settles(found: Sequence[dict[str, Any]]) -> Outcomes:
