@@ -49,7 +49,9 @@ def render(rows: Sequence[Row]) -> Page:
     notes = [
         title,
         "means over the probed layers; ratio = lambda_1 / lambda_2, fall = (lambda_1 - lambda_r) / lambda_1, relative "
-        "= (lambda_r - lambda_(r+1)) / lambda_1, share = the part of the trace in the first r",
+        "= (lambda_r - lambda_(r+1)) / lambda_1, share = the part of the trace in the first r, above 1 where the rest "
+        "curves down",
+        "the probe is of the dense model; the run cut it afterwards to",
         f"seconds: {', '.join(f'{part} {spent:,.0f}' for part, spent in last['seconds'].items())}",
         *emerged.measured(rows),
     ]
