@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 96, 22  # of a small curve, in CSS pixels
 LONG = 36  # characters, from where a column breaks its lines
 STATES = {"holds": "holds", "does": "fails", "cannot": "open"}  # by the first word of a verdict
 TITLES = {"holds": "holds", "fails": "does not hold", "open": "cannot be said"}
+COUNTED = {"holds": "hold", "fails": "do not hold", "open": "cannot be said"}
 
 
 def table(header: Sequence[str], body: Sequence[Sequence[str]], name: str) -> str:

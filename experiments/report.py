@@ -126,7 +126,7 @@ def _counts(sheets: Sequence[Sheet], runs: Runs) -> str:
         (len(runs.latest) - failed, "runs done"),
         (failed, "runs failed"),
         (whole, "artefacts whole"),
-        *((states.count(state), f"claims: {title}") for state, title in markup.TITLES.items()),
+        *((states.count(state), f"claims {title}") for state, title in markup.COUNTED.items()),
     ]
     return "".join(f"<div><dt>{title}</dt><dd>{count:,}</dd></div>" for count, title in facts)
 
@@ -147,7 +147,7 @@ def _overview(by_name: dict[str, list[Sheet]]) -> str:
         cells = [f'<th scope="row">{title} <small>{text}</small></th>']
         cells += [f'<td class="number">{sheet.done} of {len(sheet.rows)}</td>' for sheet in sheets]
         states = [state for sheet in sheets if sheet.done for state in sheet.states]
-        badges = [markup.badge(s, f"{states.count(s)} {markup.TITLES[s]}") for s in markup.TITLES if s in states]
+        badges = [markup.badge(s, f"{states.count(s)} {markup.COUNTED[s]}") for s in markup.COUNTED if s in states]
         lines.append(f"<tr>{''.join(cells)}<td>{' '.join(badges)}</td></tr>")
     return "\n".join(lines)
 

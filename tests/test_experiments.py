@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from experiments import (
@@ -687,6 +688,14 @@ def test_values_with_signs_of_the_grammar_reach_hydra_unchanged():
     path = "a folder/it's {odd}, (really)=1"
     (override,) = Sweep({"task.path": [path]}).overrides()
     assert compose(["model=tiny", override]).task.path == path
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_cell_whose_value_is_a_list_is_a_command(scale):
+    (cell,) = load("figure1").cells(scale)
+    lists = {key: value for key, value in cell.items() if isinstance(value, list)}
+    composed = compose(overrides_of(cell))
+    assert lists and all(OmegaConf.select(composed, key) == value for key, value in lists.items())
 
 
 @pytest.mark.slow

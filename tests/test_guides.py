@@ -11,8 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
-PARTS = ("conf", "docs", "experiments", "scripts", "tests", "welore")
-FILES = ("run.py", "pyproject.toml", "README.md")
 
 
 def blocks(guide):
@@ -22,12 +20,12 @@ def blocks(guide):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of what is under version control, in which commands can leave what they like."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for part in PARTS:
-        shutil.copytree(ROOT / part, tmp_path / part, ignore=ignored)
-    for file in FILES:
-        shutil.copy(ROOT / file, tmp_path / file)
+    """A copy of this tree without what git ignores, in which commands can leave what they like."""
+    listed = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
+    for file in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / file).exists():
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, tmp_path / file)
     return tmp_path
 
 

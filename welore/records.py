@@ -122,6 +122,8 @@ def _written(value: Any) -> str:
     """A value in Hydra's grammar, quoted where a sign of it has a meaning there."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
     text = str(value)
     escaped = text.replace("'", "\\'")
     return text if re.fullmatch(r"[\w./:@+-]+", text) else f"'{escaped}'"
