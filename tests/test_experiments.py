@@ -690,9 +690,8 @@ def test_values_with_signs_of_the_grammar_reach_hydra_unchanged():
     assert compose(["model=tiny", override]).task.path == path
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_cell_whose_value_is_a_list_is_a_command(scale):
-    (cell,) = load("figure1").cells(scale)
+def test_a_cell_whose_value_is_a_list_is_a_command():
+    (cell,) = load("figure1").cells("paper")
     lists = {key: value for key, value in cell.items() if isinstance(value, list)}
     composed = compose(overrides_of(cell))
     assert lists and all(OmegaConf.select(composed, key) == value for key, value in lists.items())
