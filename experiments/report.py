@@ -21,6 +21,7 @@ from experiments.page import Page
 from experiments.tuning import curve
 from welore import metrics
 from welore.cache import Cache, digest
+from welore.config import BUDGETS
 from welore.plots import png
 from welore.records import HISTORY, Record
 from welore.report import STAGES, number
@@ -192,12 +193,17 @@ def _missing(sheet: Sheet) -> str:
 
 
 def _named(record: Record, group: str) -> str:
-    return str(record.config[group]["name"]) if group in record.config else "—"
+    """The option of a group; a dash where a record of another time, or one that failed early, names none."""
+    try:
+        return str(record.config[group]["name"])
+    except (KeyError, TypeError):
+        return "—"
 
 
 def asked(record: Record) -> str:
     """The budget as it was asked for."""
-    given = [f"{key}={record.config[key]:g}" for key in ("err", "keep", "bytes", "flops") if record.config.get(key)]
+    budgets = {key: record.config.get(key) for key in BUDGETS}
+    given = [f"{key}={value:g}" for key, value in budgets.items() if isinstance(value, int | float)]
     return " ".join(given) or "as given"
 
 

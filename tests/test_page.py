@@ -167,6 +167,15 @@ def test_an_artefact_that_cannot_be_rendered_says_so_and_costs_no_other(outputs,
     assert "It cannot be shown: KeyError: &#x27;compress/err&#x27;" in text and "WeLore tuned" in text
 
 
+def test_records_of_another_time_are_listed_with_what_they_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "names", lambda: [])
+    for name, config in (("empty", {}), ("old", {"model": "tiny", "err": 0.0}), ("odd", {"err": "0.3"})):
+        Record(name, "done", config).save(tmp_path / name)
+    text = report.write(Runs.of(report_runs(tmp_path)), str(tmp_path)).read_text()
+    assert {a["data-run"] for tag, a in Elements(text).found if "data-run" in a} == {"empty", "old", "odd"}
+    assert ">err=0<" in text and text.count(">as given<") == 2
+
+
 def test_the_report_starts_no_run(capsys, tmp_path):
     assert main(["report", "logger=none", f"outputs={tmp_path}"]) == 2
     assert "starts no run" in capsys.readouterr().err
