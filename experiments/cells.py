@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -153,9 +154,13 @@ def check_infrastructure(overrides: Sequence[str]) -> None:
 def launch(rows: Sequence[Row], name: str, outputs: str, overrides: Sequence[str]) -> None:
     """Run the missing cells: one multirun where they form a product, else as few as are easily found.
 
-    A cell that fails does not stop the others; it is still missing afterwards, and the artefact says why.
+    A cell that fails does not stop the others; it is still missing afterwards, and the artefact says why. On this
+    machine one multirun follows the other; those that only submit jobs and wait for them are started together.
     """
+    commands = []
     for sweep in sweeps([row.asked(name, outputs) for row in rows if row.missing]):
-        command = [sys.executable, str(CONF.parent / "run.py"), "-m", *sweep.overrides(), *overrides]
-        print(f"· {len(sweep.cells())} cells: {shlex.join(command)}", file=sys.stderr, flush=True)
-        subprocess.run(command, check=False)
+        commands.append([sys.executable, str(CONF.parent / "run.py"), "-m", *sweep.overrides(), *overrides])
+        print(f"· {len(sweep.cells())} cells: {shlex.join(commands[-1])}", file=sys.stderr, flush=True)
+    together = max(1, len(commands)) if "hydra/launcher=slurm" in overrides else 1
+    with ThreadPoolExecutor(together) as multiruns:
+        list(multiruns.map(lambda command: subprocess.run(command, check=False), commands))

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -166,3 +168,30 @@ def test_the_order_depends_on_the_seed_alone(configured, uneven):
         return [batch["ids_BL"][:, 0].tolist() for batch in Batches(uneven, training(configured), seed)]
 
     assert order(1) == order(1) != order(2)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_shares_of_processes_make_up_every_pass(monkeypatch, count):
+    """Their losses, divided by the scored tokens of the step, add up to the mean over the whole step."""
+    rows = Rows.padded([[5] * length for length in (3, 9, 4, 7, 2, 8, 6, 5)], 9, pad=0)
+    training = SimpleNamespace(batch=8, accumulate=2, steps=2, tokens=None)
+    alone = list(Batches(rows, training, seed=0))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", str(count))
+    shares = []
+    for index in range(count):
+        monkeypatch.setenv("SLURM_PROCID", str(index))
+        shares.append(list(Batches(rows, training, seed=0)))
+    for whole, *parts in zip(alone, *shares, strict=True):
+        assert sum(len(part["ids_BL"]) for part in parts) == len(whole["ids_BL"])
+        assert sum(int((part["labels_BL"] != IGNORED).sum()) for part in parts) == int(whole["real"])
+        assert {(int(part["real"]), int(part["scored"])) for part in parts} == {
+            (int(whole["real"]), int(whole["scored"]))
+        }
+
+
+def test_more_processes_than_sequences_in_a_pass_are_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    rows = Rows.padded([[5, 6]] * 4, 2, pad=0)
+    with pytest.raises(Refused, match="2 sequences to 3 processes"):
+        Batches(rows, SimpleNamespace(batch=4, accumulate=2, steps=1, tokens=None), seed=0)

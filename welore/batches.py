@@ -110,6 +110,14 @@ class Rows:
         scored_BL = real_BL if self.starts_B is None else real_BL & (place_L >= self.starts_B[chosen][:, None])
         return {"ids_BL": ids_BL, "labels_BL": ids_BL.masked_fill(~scored_BL, IGNORED), "real": real_BL.sum()}
 
+    def share(self, of_pass: Tensor) -> dict[str, Tensor]:
+        """The batch of this process: of the rows of a pass all, or its share where several processes train together.
+
+        `real` counts the tokens of the whole pass.
+        """
+        real = self.lengths_B[of_pass].sum()
+        return self.batch(of_pass[processes.index() :: processes.count()]) | {"real": real}
+
     def scored(self, chosen: Tensor) -> Tensor:
         """The number of scored tokens in the chosen rows; nothing predicts the first token of a sequence."""
         starts_B = torch.ones_like(self.lengths_B) if self.starts_B is None else self.starts_B.clamp_min(1)
@@ -163,12 +171,22 @@ def _packed(texts: Iterator[str], tokenizer: Any, cache: Cache, length: int) -> 
                 carry = carry[length:]
 
 
+def check_shares(training: "Training") -> None:
+    """Refuse passes that have no sequence for some of the processes that train together."""
+    size = training.batch // training.accumulate
+    if size < processes.count():
+        raise Refused(
+            f"task.training.batch={training.batch} in accumulate={training.accumulate} passes gives {size} sequences "
+            f"to {processes.count()} processes. Start fewer processes, or write a smaller task.training.accumulate."
+        )
+
+
 class Batches:
     """The passes of a training run, `accumulate` to an optimizer step, in an order fixed by the seed.
 
     Each pass is a batch of `Rows` with `scored`, the number of scored tokens in the
     whole step: a loss divided by it is a mean over tokens, however the step is divided into passes and, where several
-    processes train together, each pass among them (`real` counts the tokens of all). Where the rows run
+    processes train together, each pass among them (`Rows.share`). Where the rows run
     out, they are used again in another order. The position is saved with a checkpoint, so that a resumed run goes on
     with the batch after the last one that it stepped on.
     """
@@ -179,12 +197,7 @@ class Batches:
         self.position = 0
         self.order = self._order()
         self.size = training.batch // training.accumulate
-        if self.size < processes.count():
-            raise Refused(
-                f"task.training.batch={training.batch} in accumulate={training.accumulate} passes gives "
-                f"{self.size} sequences to {processes.count()} processes. Start fewer processes, or write a smaller "
-                f"task.training.accumulate."
-            )
+        check_shares(training)
         self.steps = len(self.order) // training.batch
 
     def _order(self) -> Tensor:
@@ -219,9 +232,8 @@ class Batches:
             step = index // self.training.accumulate
             of_step = self.order[step * self.training.batch : (step + 1) * self.training.batch]
             of_pass = self.order[index * self.size : (index + 1) * self.size]
-            counts = {"scored": self.rows.scored(of_step), "real": self.rows.lengths_B[of_pass].sum()}
             self.position = index + 1
-            yield self.rows.batch(of_pass[processes.index() :: processes.count()]) | counts
+            yield self.rows.share(of_pass) | {"scored": self.rows.scored(of_step)}
         self.position = 0
 
     def state_dict(self) -> dict[str, int]:

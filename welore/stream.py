@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from welore.batches import ENCODED_TOGETHER, Rows, padding
+from welore.batches import ENCODED_TOGETHER, Rows, check_shares, padding
 from welore.errors import Refused
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Stream:
 
     def __init__(self, documents: Documents, tokenizer: Any, training: "Training", seed: int):
         self.documents, self.tokenizer, self.training, self.seed = documents, tokenizer, training, seed
+        check_shares(training)
         self.steps = training.steps
         self.position, self.place = 0, Place()  # the place is where the step begins that the next pass is of
 
@@ -60,7 +61,7 @@ class Stream:
                 self.position = step * passes + number + 1
                 if number + 1 == passes:
                     self.place = drawn[-1][1]
-                yield rows.batch(chosen) | {"scored": scored}
+                yield rows.share(chosen) | {"scored": scored}
 
     def _sequences(self, start: Place) -> Iterator[tuple[list[int], Place]]:
         """Token ids of sequence after sequence, for ever, each with the place after it."""
