@@ -57,7 +57,7 @@ def curvature(
                 }
                 if operator == "hessian":
                     top = eigen.vectors_KMN[: probe.eigenvalues]
-                    seen.matrices[f"{name}/{operator}"] = top.to(torch.bfloat16)
+                    seen.matrices[f"{name}/{operator}"] = top.to(torch.bfloat16).cpu()  # gigabytes, of a large model
     return seen
 
 

@@ -116,7 +116,8 @@ def examine(config: Config, folder: Path) -> None:
     found = {"key": whole, "probe": asdict(config.probe), "model": config.model.name, "steps": subject.steps}
     found |= {"seed": config.seed, "device": str(config.trainer.place()), "checkpoints": checkpoints}
     started = time.perf_counter()
-    found |= _between(parts, subject.steps, bent, config.probe)
+    names = list(checkpoints[subject.steps[0]]["weights"])
+    found |= _between(parts, names, subject.steps, bent, config.probe)
     _write(found | {"seconds_between": time.perf_counter() - started}, file)
     shutil.rmtree(parts)
 
@@ -151,6 +152,8 @@ def _checkpoint(subject: Subject, step: int, bent: list[int]) -> Seen:
         seen.matrices |= curved.matrices
         seconds["curvature"] = time.perf_counter() - started
     seen.numbers["seconds"] = seconds
+    if len(subject.steps) == 1:
+        seen.matrices.clear()  # there is nothing to compare them with
     return seen
 
 
@@ -182,13 +185,12 @@ def expect(subject: Subject, todo: list[int], bent: list[int]) -> None:
     )
 
 
-def _between(parts: Path, steps: list[int], bent: list[int], probe: Emergence) -> dict[str, Any]:
+def _between(parts: Path, names: list[str], steps: list[int], bent: list[int], probe: Emergence) -> dict[str, Any]:
     """By weight, how alike the gradients of all pairs of checkpoints are, and the top eigenspaces of successive ones.
 
     `pairs` are symmetric matrices over the checkpoints, `eigenspaces` phi_k by the later checkpoint of each pair.
     """
     matrices = {step: load_file(parts / f"{step}.safetensors") for step in steps}
-    names = [key.removesuffix("/gradient") for key in matrices[steps[0]] if key.endswith("/gradient")]
     found: dict[str, dict[str, Any]] = {"pairs": {}, "eigenspaces": {}}
     for name in names:
         table: dict[str, list[list[float]]] = {}
