@@ -47,6 +47,17 @@ def found_in(folder):
     return json.loads((folder / probe_file("emergence")).read_text())
 
 
+def test_a_probe_says_before_it_starts_what_it_will_cost(config, folder, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(emergence, "look", stop)
+    with pytest.raises(KeyboardInterrupt):
+        examine(config, folder)
+    said = capsys.readouterr().err
+    assert "7 weights at 3 checkpoints, at 3 times with curvature: about" in said and "GiB beyond model" in said
+
+
 def test_a_probe_compares_the_checkpoints_of_a_run(config, folder):
     examine(config, folder)
     found = found_in(folder)
