@@ -101,8 +101,8 @@ def image(figure: "Figure", title: str, png: bytes) -> str:
     data = base64.b64encode(png).decode()
     width, height = (round(figure.dpi * inches) for inches in figure.get_size_inches())
     return (
-        f'<figure><img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
-        f'alt="{escape(title)}"></figure>'
+        f'<figure class="wide" role="region" tabindex="0" aria-label="{escape(title)}"><img '
+        f'src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{escape(title)}"></figure>'
     )
 
 
