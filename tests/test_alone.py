@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ pytestmark = pytest.mark.slow  # processes that import torch
 
 HOLD = """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from welore.alone import alone_in
 with alone_in(Path(sys.argv[1])):
@@ -82,3 +84,11 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     with alone_in(tmp_path):
         Path(tmp_path, "work").write_text("done")
     assert "has no locks" in capsys.readouterr().err
+
+
+def test_of_two_processes_at_one_cell_one_trains_and_both_show_the_result(cli):
+    with ThreadPoolExecutor(2) as processes:
+        first, second = processes.map(lambda _: cli("mode=welore", "err=0.5", timeout=500), range(2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout == second.stdout
+    assert [("· train" in process.stderr) for process in (first, second)].count(True) == 1
