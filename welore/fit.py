@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -33,7 +32,7 @@ from welore.models import decoder_layers
 from welore.module import Tuner
 from welore.report import announce
 from welore.stream import Stream
-from welore.trainer import CHECKPOINTS, Trainer
+from welore.trainer import CHECKPOINTS, REQUEUE, Trainer
 
 
 def fit(
@@ -88,9 +87,7 @@ def fit(
         runner.save_checkpoint(last)  # what comes after training may fail, and must not cost it
 
 
-REQUEUE = signal.SIGUSR2  # what submitit asks Slurm to send before the time limit and on preemption
 SIGNALS = (signal.SIGINT, signal.SIGTERM, REQUEUE)  # the last one wins: Slurm sends SIGTERM after it
-LEAVE = 60  # seconds
 
 
 @contextmanager
@@ -108,7 +105,7 @@ def recomputed(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
 
 class Stop(Callback):
     """On SIGTERM, Ctrl-C or the signal that a job is to be requeued, finish the optimizer step, write the checkpoint
-    and raise Interrupted, or let submitit requeue the job.
+    and raise Interrupted.
 
     Inside a step nothing may be saved: half of its gradients, or half of its updated weights, would be lost. A second
     Ctrl-C stops at once, and the run goes on from the last regular checkpoint.
@@ -148,10 +145,6 @@ class Stop(Callback):
         if self.saved:
             stopped = f"stopped by a signal after step {trainer.global_step} of {module.steps}"
             announce(stopped)
-            requeue = self.before[REQUEUE]
-            if self.signal == REQUEUE and callable(requeue):
-                requeue(REQUEUE, None)  # submitit's: it exits, or raises where the job was requeued too often
-                time.sleep(LEAVE)  # in all processes but the first, which Slurm ends when it requeues the job
             raise Interrupted(f"{stopped}; the same command goes on from there", self.signal)
 
     def on_train_end(self, trainer, module) -> None:

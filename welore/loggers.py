@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -74,8 +74,10 @@ class Wandb(Logger):
             yield [logger]
         finally:  # the next run of a sweep is another W&B run
             error = sys.exc_info()[1]
-            _conclude(logger.experiment, folder, record, error)
-            logger.experiment.finish(exit_code=0 if error is None else 1)
+            # What stops a run may have stopped the process of W&B too, and must not be hidden by what that raises.
+            with nullcontext() if error is None else suppress(Exception):
+                _conclude(logger.experiment, folder, record, error)
+                logger.experiment.finish(exit_code=0 if error is None else 1)
 
 
 def _conclude(run: Any, folder: Path, record: Record, error: BaseException | None) -> None:

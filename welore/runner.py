@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import time
 import traceback
@@ -37,9 +38,10 @@ from welore.records import Record, bring_back, discard_aside, set_aside
 from welore.report import announce
 from welore.rounds import compress, sparsity
 from welore.sparse import KeptZeros
-from welore.trainer import CHECKPOINTS, discard_checkpoints
+from welore.trainer import CHECKPOINTS, REQUEUE, discard_checkpoints
 
 MODEL = "model"
+LEAVE = 60  # seconds
 STOPPED = (Interrupted, KeyboardInterrupt, SystemExit)  # from outside: the same command goes on; submitit exits
 
 
@@ -53,12 +55,25 @@ def run(config: Config, folder: Path) -> Record:
     """
     if config.mode.trains:
         config.trainer.spread()  # which refuses, before hours of compression, what does not fit the processes
-    with processes.joined():
-        if processes.index() == 0:
-            return processes.told(_first(config, folder))
-        while not isinstance(found := processes.told(), Record):
-            _help(config, folder, found)
-        return found
+    try:
+        with processes.joined():
+            if processes.index() == 0:
+                return processes.told(_first(config, folder))
+            while not isinstance(found := processes.told(), Record):
+                _help(config, folder, found)
+            return found
+    except Interrupted as stopped:
+        if stopped.signal == REQUEUE:
+            _requeue()
+        raise
+
+
+def _requeue() -> None:
+    """Let submitit, whose job this may be, put it into the queue again, now that all is written and closed."""
+    handler = signal.getsignal(REQUEUE)
+    if callable(handler):
+        handler(REQUEUE, None)  # it exits, or raises where the job was requeued too often
+        time.sleep(LEAVE)  # in all processes but the first, which Slurm ends when it requeues the job
 
 
 def _first(config: Config, folder: Path) -> Record:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from welore import processes
 from welore.errors import Refused
 
 CHECKPOINTS = "checkpoints"
+REQUEUE = signal.SIGUSR2  # what submitit asks Slurm to send before the time limit and on preemption
 
 
 @dataclass
