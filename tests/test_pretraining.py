@@ -177,7 +177,7 @@ def test_killed_pretraining_goes_on_to_the_same_losses_and_snapshots(tmp_path, t
     """The text ends within the run, so that a resumed run also reads it again in the order of another pass."""
     expected = whole(*stream)
     process = _start(tmp_path, text_file, *stream)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while (folder := _folder(tmp_path)) is None or len(_losses(folder)) < 100:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
