@@ -41,13 +41,13 @@ class Claim:
 
 
 def verdict(outcomes: Outcomes) -> str:
-    """One exception refutes a claim, whatever is missing; a missing number leaves it open."""
+    """One exception refutes a claim, whatever is missing; a number that is missing or decides nothing leaves it open."""
     against = [where for where, outcome in outcomes.items() if outcome is False]
     unknown = [where for where, outcome in outcomes.items() if outcome is None]
     if against:
         return f"does not hold: {_some(against)}"
     if unknown or not outcomes:
-        return f"cannot be said, missing: {_some(unknown) or 'all of it'}"
+        return f"cannot be said: {_some(unknown) or 'nothing is there'}"
     return f"holds ({len(outcomes)} of {len(outcomes)})"
 
 
