@@ -31,7 +31,7 @@ def pretraining(scale: str) -> list[Cell]:
     if scale == "paper":
         shared |= {"model": "llama_130m", "task": "c4", "task/training": "pretrain", "task/protocol": "pretrain"}
         shared |= {"task.splits.train": "train:en/c4-train.000*-of-01024.json.gz"}  # one has 3 % of what is read
-        shared |= {"probe.snapshots": 26, "probe.windows": 64, "probe.curvature_windows": 64, "probe.steps": 60}
+        shared |= {"probe.snapshots": 26, "probe.windows": 512, "probe.curvature_windows": 16, "probe.steps": 60}
     else:
         shared |= {"model": "llama_2m", "task": "sotu", "task/training": "pretrain_laptop"}
         shared |= {"task/protocol": "pretrain_laptop", "task.training.steps": 500, "task.training.length": 128}
@@ -44,8 +44,8 @@ def trained(scale: str) -> Cell:
     shared = {"ranks": "welore", "mode": "none", "err": 0.5, "probe": "trained"} | setting(scale)
     if scale == "laptop":
         return {"model": "smollm2_135m"} | shared
-    more = {"probe.layers": [0, 8, 16, 24, 31], "probe.length": 256, "probe.windows": 32}
-    return {"model": "llama2_7b"} | shared | more | {"probe.curvature_windows": 16, "probe.steps": 30}
+    more = {"probe.layers": [0, 8, 16, 24, 31], "probe.length": 256, "probe.windows": 128}
+    return {"model": "llama2_7b"} | shared | more | {"probe.curvature_windows": 4, "probe.steps": 30}
 
 
 def read(row: Row, file: str = FILES[0]) -> dict[str, Any]:

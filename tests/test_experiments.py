@@ -697,6 +697,14 @@ def test_a_cell_whose_value_is_a_list_is_a_command():
     assert lists and all(OmegaConf.select(composed, key) == value for key, value in lists.items())
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["figure1", "why_low_rank"])
+def test_the_large_batch_of_a_probe_is_some_times_that_of_its_curvature(name, scale):
+    """Else the gradient of the large batch is that of the other one."""
+    probe = compose(overrides_of(load(name).cells(scale)[0])).probe
+    assert probe.windows >= 4 * probe.curvature_windows
+
+
 @pytest.mark.slow
 def test_a_launch_runs_the_missing_cells_and_finds_them(tmp_path):
     axes = {"model": ["tiny"], "mode": ["none"], "task/protocol": ["smoke"], "err": [0.3, 0.5]}

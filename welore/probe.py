@@ -23,7 +23,8 @@ class Emergence(Probe):
     singular values are counted, `kept` the shares of its ranks that a weight is truncated to, one weight at a time, at
     the last checkpoint. Of so many last checkpoints as `curvature_at` the `eigenvalues` largest eigenvalues of each
     weight's Hessian and Gauss-Newton are found on the first `curvature_windows` sequences in `steps` Lanczos steps
-    each; their trace is estimated from `samples`.
+    each; their trace is estimated from `samples`. Beside them stand the gradients of as many sequences of the second
+    batch, and of all of it, the large one: some times as many `windows` tell the two apart.
     """
 
     examines: ClassVar[bool] = True
