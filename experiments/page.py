@@ -41,7 +41,7 @@ class Claim:
 
 
 def verdict(outcomes: Outcomes) -> str:
-    """One exception refutes a claim, whatever is missing; a number that is missing or decides nothing leaves it open."""
+    """One exception refutes a claim, whatever is missing; a number that is absent or undecided leaves it open."""
     against = [where for where, outcome in outcomes.items() if outcome is False]
     unknown = [where for where, outcome in outcomes.items() if outcome is None]
     if against:

@@ -49,8 +49,10 @@ def curvature(
         for name, W_MN in weights.items():
             found = seen.numbers.setdefault(name, {})
             for operator in operators:
-                product = hessian(loss, W_MN) if operator == "hessian" else gauss_newton(logits_TV, W_MN)
-                eigen, found[operator] = _spectrum(product, W_MN, probe)
+                # No name for the product here: it holds the graph of a backward pass until the next one is made.
+                eigen, found[operator] = _spectrum(
+                    hessian(loss, W_MN) if operator == "hessian" else gauss_newton(logits_TV, W_MN), W_MN, probe
+                )
                 found[operator]["outside"] = {
                     which: {str(k): outside(G[which][name], eigen.vectors_KMN[:k]) for k in _ranks(probe)}
                     for which in G

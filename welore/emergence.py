@@ -216,7 +216,7 @@ def _likeness(ours: dict, theirs: dict, name: str, ranks: list[int]) -> dict[str
 def _keep(seen: Seen, stem: Path, key: str) -> None:
     """The matrices first: a checkpoint whose numbers are there is whole."""
     part = half(stem)
-    save_file({name: M.detach().cpu().contiguous() for name, M in seen.matrices.items()}, part)
+    save_file({name: M.contiguous() for name, M in seen.matrices.items()}, part)
     part.replace(stem.with_suffix(".safetensors"))
     _write({"key": key, "numbers": seen.numbers}, stem.with_suffix(".json"))
 

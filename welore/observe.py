@@ -29,7 +29,10 @@ SIDES = ("left", "right")
 
 @dataclass
 class Seen:
-    """Numbers of one checkpoint, and the matrices that those of another are compared with, by name of the weight."""
+    """Numbers of one checkpoint, and the matrices that those of another are compared with, by name of the weight.
+
+    The matrices are on the CPU: those of a large model would take much of a GPU.
+    """
 
     numbers: dict[str, Any] = field(default_factory=dict)
     matrices: dict[str, Tensor] = field(default_factory=dict)
@@ -114,9 +117,9 @@ def look(model: PreTrainedModel, probe: Emergence, fixed: Batch, other: Batch) -
             "gradient": _described(G_fixed[name], sigma_K, probe.thresholds),
             "floor": {"cosine": cosine(G_fixed[name], G_other[name])} | alike(bases, others, probe.ranks),
         }
-        seen.matrices |= {f"{name}/{side}": U.float() for side, U in zip(SIDES, bases, strict=True)}
+        seen.matrices |= {f"{name}/{side}": U.to("cpu", torch.float32) for side, U in zip(SIDES, bases, strict=True)}
         # 8 bits change a cosine by less than a thousandth, and take half of the disk.
-        seen.matrices[f"{name}/gradient"] = G_fixed[name].to(torch.bfloat16)
+        seen.matrices[f"{name}/gradient"] = G_fixed[name].to("cpu", torch.bfloat16)
     seen.numbers = {"loss": loss, "other_loss": other_loss, "weights": found, "heads": _head_spectra(model, probe)}
     return seen
 

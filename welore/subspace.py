@@ -114,7 +114,8 @@ class Heads:
 
         They stay the same where a head's q and k (or v and o) are changed by inverse maps, which changes the spectra
         of all four weights and not the model: the part of a spectrum that is no choice of coordinates. Where rotary
-        positions stand between q and k, W_Q^T W_K is what scores two tokens at one and the same position.
+        positions stand between q and k, W_Q^T W_K is what scores two tokens at one and the same position, and the
+        model stays the same only under maps that commute with the rotations: one scale and angle a pair of rows.
         """
         share = self.queries // self.keys
         q, o = W_q.chunk(self.queries), W_o.chunk(self.queries, dim=1)
