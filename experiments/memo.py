@@ -8,7 +8,7 @@ from pathlib import Path
 
 import welore
 from experiments.cells import Cell, fingerprint_of
-from welore.cache import digest, half
+from welore.cache import digest, whole
 from welore.config import CONF
 
 
@@ -27,8 +27,9 @@ def remembered(outputs: str) -> Iterator[Callable[[Cell], str]]:
 
     yield name
     if len(known) > before:
-        with suppress(OSError):  # a folder that is read alone costs the minute every time, and nothing else
-            _write(known, path)
+        # A folder that is read alone costs the minute every time, and nothing else.
+        with suppress(OSError), whole(path) as part:
+            part.write_text(json.dumps(known))
 
 
 def state() -> str:
@@ -49,10 +50,3 @@ def _read(path: Path) -> dict[str, str]:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _write(known: dict[str, str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = half(path)
-    part.write_text(json.dumps(known))
-    part.replace(path)

@@ -16,7 +16,7 @@ from experiments.cells import Row, Runs
 from experiments.memo import state
 from experiments.page import Page
 from welore import metrics
-from welore.cache import Cache, digest
+from welore.cache import Cache, digest, whole
 from welore.plots import png
 from welore.records import HISTORY
 
@@ -33,8 +33,9 @@ def write(runs: Runs, outputs: str) -> Path:
             runs.fetch(folder, HISTORY)
     sheets = [sheet for name in names() for sheet in _sheets(name, runs, outputs)]
     path = Path(outputs) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(sheets, runs), encoding="utf-8")
+    made = page(sheets, runs)
+    with whole(path) as part:
+        part.write_text(made, encoding="utf-8")
     return path
 
 

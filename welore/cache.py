@@ -5,7 +5,8 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,21 @@ def digest(*parts: str | bytes | memoryview) -> str:
 def half(path: Path) -> Path:
     """Where a file is written before it takes its place, whole: beside it, and named after this process."""
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that then takes the place of `path`: it appears whole or not at all.
+
+    A kill or a full disk leaves the one before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = half(path)  # other processes may write it too
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def discard_halves(folder: Path) -> None:
@@ -65,11 +81,6 @@ class Cache:
             except Exception as error:  # whatever a truncated file makes its reader raise
                 print(f"cache: {path} is damaged ({type(error).__name__}: {error}); it is made again", file=sys.stderr)
         value = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = half(path)  # other processes may write it too
-        try:
+        with whole(path) as part:
             write(value, part)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)  # half of a file, where the disk is full
         return value

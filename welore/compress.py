@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from welore.cache import Cache, digest
+from welore.cache import Cache, digest, whole
 from welore.calibrate import Statistics
 from welore.errors import Refused
 from welore.evaluate import perplexity
@@ -204,9 +204,8 @@ def read_spectra(model: PreTrainedModel, coordinates: Coordinates, values: bool 
 
 def save_spectra(spectra: dict[str, Spectrum], path: Path) -> None:
     """The singular values of every compressible weight under its name, descending, in float32: what figures draw."""
-    part = path.with_name(f"{path.name}.part")
-    save_file({name: spectrum.sigma_K.float() for name, spectrum in spectra.items()}, part)
-    part.replace(path)
+    with whole(path) as part:
+        save_file({name: spectrum.sigma_K.float() for name, spectrum in spectra.items()}, part)
 
 
 def predict(model: PreTrainedModel, plan: Plan, coordinates: Coordinates) -> float | None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from welore.blocks import OPERATORS, check_attention, curvature, memory, products
-from welore.cache import Cache, digest, half
+from welore.cache import Cache, digest, whole
 from welore.config import Config, fingerprint
 from welore.errors import Refused
 from welore.measure import GIB, peak_memory
@@ -215,16 +215,14 @@ def _likeness(ours: dict, theirs: dict, name: str, ranks: list[int]) -> dict[str
 
 def _keep(seen: Seen, stem: Path, key: str) -> None:
     """The matrices first: a checkpoint whose numbers are there is whole."""
-    part = half(stem)
-    save_file({name: M.contiguous() for name, M in seen.matrices.items()}, part)
-    part.replace(stem.with_suffix(".safetensors"))
+    with whole(stem.with_suffix(".safetensors")) as part:
+        save_file({name: M.contiguous() for name, M in seen.matrices.items()}, part)
     _write({"key": key, "numbers": seen.numbers}, stem.with_suffix(".json"))
 
 
 def _write(found: dict[str, Any], file: Path) -> None:
-    part = half(file)
-    part.write_text(json.dumps(found))
-    part.replace(file)
+    with whole(file) as part:
+        part.write_text(json.dumps(found))
 
 
 def _key(file: Path) -> str | None:

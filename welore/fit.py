@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from welore import processes
 from welore.batches import Batches
-from welore.cache import half
+from welore.cache import whole
 from welore.errors import Interrupted
 from welore.history import History
 from welore.measure import Throughput
@@ -167,16 +167,10 @@ class Whole(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        part = half(path)
-        try:
+        with whole(Path(path)) as part:
             part.write_bytes(content.getbuffer())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _checkpoints(last: Path, every: int) -> ModelCheckpoint:

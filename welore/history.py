@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger
 
-from welore.cache import half
+from welore.cache import whole
 from welore.records import HISTORY, read_history
 
 
@@ -30,10 +30,8 @@ class History(Logger):
     def start_at(self, step: int) -> None:
         """Keep the lines before `step`; 0 starts anew."""
         kept = [line for line in read_history(self.path.parent) if line["step"] < step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = half(self.path)
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        part.replace(self.path)
+        with whole(self.path) as part:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         with self.path.open("a") as file:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -94,10 +95,13 @@ class Pretrained(Model):
             model, tokenizer = _from_pretrained(self, str(path.parent), gguf_file=path.name)
             model.hf_quantizer.remove_quantization_config(model)  # dequantized: an ordinary model from here on
             part = half(converted)
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            with suppress(OSError):  # another process was faster
-                part.rename(converted)
+            try:
+                model.save_pretrained(part)
+                tokenizer.save_pretrained(part)
+                with suppress(OSError):  # another process was faster
+                    part.rename(converted)
+            finally:
+                rmtree(part, ignore_errors=True)
         return _from_pretrained(self, str(converted))
 
     def _location(self) -> Path | None:

@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from welore.cache import digest, half
+from welore.cache import digest, whole
 
 FILE = "record.json"
 HISTORY = "history.jsonl"  # one line for each logged step, written as they come
@@ -63,15 +63,10 @@ class Record:
 
     def save(self, folder: Path) -> None:
         """Write `record.json` whole or not at all. A number that is not finite is written as null."""
-        folder.mkdir(parents=True, exist_ok=True)
-        part = half(folder / FILE)
-        try:
-            content = _finite(asdict(self))
-            sealed = content | {SEAL: _seal(content)}
+        content = _finite(asdict(self))
+        sealed = content | {SEAL: _seal(content)}
+        with whole(folder / FILE) as part:
             part.write_text(json.dumps(sealed, indent=2, sort_keys=True, allow_nan=False))
-            part.replace(folder / FILE)
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":

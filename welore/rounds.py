@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from welore import metrics
 from welore.batches import calibration_windows
-from welore.cache import Cache
+from welore.cache import Cache, whole
 from welore.calibrate import Statistics, gather
 from welore.compress import (
     Coordinates,
@@ -141,7 +141,8 @@ def _plan(
     asked = evidence(model, coordinates, windows_BL, config.model.autocast)
     plan = plan_ranks(config.ranks, resolve(config.budget, model), model, spectra, asked)
     _refuse_empty(plan, config)
-    (folder / "ranks.json").write_text(json.dumps(plan.ranks, indent=2))
+    with whole(folder / "ranks.json") as part:
+        part.write_text(json.dumps(plan.ranks, indent=2))
     return plan
 
 

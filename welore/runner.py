@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from welore import checkpoint, metrics, processes
 from welore.alone import alone_in
-from welore.cache import Cache, digest, discard_halves
+from welore.cache import Cache, digest, discard_halves, whole
 from welore.compress import weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Interrupted, Refused
@@ -301,7 +301,8 @@ def _told(outcome: Outcome, folder: Path, stage: str) -> dict[str, Any]:
         announce(f"the {stage} model gives a loss that is not finite; it starts in {breaks_at}")
     if outcome.answers:
         lines = [json.dumps(answer, ensure_ascii=False) for answer in outcome.answers]
-        (folder / f"answers-{stage}.jsonl").write_text("\n".join(lines) + "\n")
+        with whole(folder / f"answers-{stage}.jsonl") as part:
+            part.write_text("\n".join(lines) + "\n")
     return outcome.metrics(stage)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from welore import checkpoint
-from welore.cache import half
+from welore.cache import whole
 from welore.errors import Refused
 from welore.modes import Mode
 
@@ -54,11 +54,9 @@ class Snapshots(Callback):
         if not (self.folder / "config.json").exists():
             checkpoint.describe(ended, self.folder)
             self.tokenizer.save_pretrained(self.folder)
-        file = self.folder / file_name(step)
-        part = half(file)
-        save_file({name: weight.cpu().contiguous() for name, weight in named_weights(ended).items()}, part)
-        part.chmod((self.folder / "config.json").stat().st_mode)  # else readable by their owner alone
-        part.replace(file)
+        with whole(self.folder / file_name(step)) as part:
+            save_file({name: weight.cpu().contiguous() for name, weight in named_weights(ended).items()}, part)
+            part.chmod((self.folder / "config.json").stat().st_mode)  # else readable by their owner alone
 
 
 def named_weights(model: PreTrainedModel) -> dict[str, Tensor]:
