@@ -51,7 +51,7 @@ def _entry(text: str, kind: str) -> str:
     first, bracket, rest = text.partition(" (")
     shown = escape(first)
     if isinstance(text, Cited):
-        shown = f'<a href="#runs={",".join(text.runs)}">{shown}</a>'
+        shown = f'<a href="#runs={escape(",".join(text.runs))}">{shown}</a>'
     below = f" <small>({escape(rest)}</small>" if bracket else ""
     return f"<td{kind}>{shown}{below}</td>"
 

@@ -11,7 +11,7 @@ from experiments.cells import Runs
 from experiments.tuning import curve
 from welore import metrics
 from welore.config import BUDGETS
-from welore.records import Record
+from welore.records import Record, finite
 from welore.report import STAGES, number
 
 CURVES = (metrics.TRAIN_LOSS, metrics.VALIDATION_PERPLEXITY)
@@ -53,8 +53,9 @@ def line(folder: Path, record: Record) -> str:
     words += [f"group={record.config.get('group') or 'none'}", f"status={record.status}", record.fingerprint]
     loss = markup.thinned(curve(folder, metrics.TRAIN_LOSS.key), SMALL)
     failed = "" if record.status == "done" else " " + markup.badge("fails", record.status)
+    name = escape(record.fingerprint)
     cells = [
-        ("run", f'<a href="#run={record.fingerprint}">{record.fingerprint}</a>{failed}'),
+        ("run", f'<a href="#run={name}">{name}</a>{failed}'),
         ("model", escape(groups["model"])),
         ("method", escape(f"{groups['svd']} · {groups['ranks']}")),
         ("budget", escape(asked(record))),
@@ -64,7 +65,7 @@ def line(folder: Path, record: Record) -> str:
         ("loss", markup.sparkline(loss, "training loss by step")),
     ]
     shown = "".join(f'<td data-label="{label}"{_right(label)}>{content}</td>' for label, content in cells)
-    return f'<tr data-run="{record.fingerprint}" data-words="{escape(" ".join(words).lower())}">{shown}</tr>'
+    return f'<tr data-run="{name}" data-words="{escape(" ".join(words).lower())}">{shown}</tr>'
 
 
 def _right(label: str) -> str:
@@ -92,7 +93,8 @@ def data(runs: Runs) -> str:
             "curves": {key: points for key, points in curves.items() if points},
         }
     titles = {m.key: m.title for m in vars(metrics).values() if isinstance(m, metrics.Metric)}
-    written = json.dumps({"facts": list(facts), "titles": titles, "runs": shown}, separators=(",", ":"))
+    known = finite({"facts": list(facts), "titles": titles, "runs": shown})
+    written = json.dumps(known, separators=(",", ":"), allow_nan=False)
     return written.replace("<", "\\u003c")  # no text of a record ends the element that holds it
 
 

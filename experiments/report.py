@@ -6,6 +6,7 @@ It is a single file without server or network: styles, script, pictures and reco
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,16 +63,22 @@ class Sheet:
 
     def drawn(self, suffix: str, figure: "Figure") -> bytes:
         """A figure as PNG, drawn once for the same runs: drawing takes longer than all the rest of the page."""
-        runs = [f"{row.folder} {row.record.fingerprint} {row.record.started}" for row in self.rows if row.record]
-        key = digest(state(), self.name, self.scale, suffix, *runs)
-        cache = Cache(Path(self.outputs) / ".cache")
-        return cache.get(
+        runs = [f"{row.folder} {row.record and row.record.started} {row.why}" for row in self.rows]
+        key = digest(state(), *_drawing(), self.name, self.scale, suffix, *runs)
+        kept = Cache(Path(self.outputs) / ".cache")
+        return kept.get(
             "figures", key, Path.read_bytes, lambda drawn, path: path.write_bytes(drawn), lambda: png(figure)
         )
 
     @property
     def states(self) -> list[str]:
         return [] if self.page is None else [markup.state(claim.ours) for claim in self.page.claims]
+
+
+@cache
+def _drawing() -> list[bytes]:
+    """The code of the artefacts, which decides what a figure shows as much as the runs do."""
+    return [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
 
 
 def _sheets(name: str, runs: Runs, outputs: str) -> list[Sheet]:

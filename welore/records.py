@@ -63,7 +63,7 @@ class Record:
 
     def save(self, folder: Path) -> None:
         """Write `record.json` whole or not at all. A number that is not finite is written as null."""
-        content = _finite(asdict(self))
+        content = finite(asdict(self))
         sealed = content | {SEAL: _seal(content)}
         with whole(folder / FILE) as part:
             part.write_text(json.dumps(sealed, indent=2, sort_keys=True, allow_nan=False))
@@ -105,11 +105,12 @@ def read_history(folder: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, for which JSON has no sign."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
