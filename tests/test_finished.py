@@ -60,6 +60,8 @@ def test_a_cell_is_finished_when_its_own_folder_holds_a_record_that_is_done(conf
     assert finished([*small, "force=true"], SUBDIR) is None
     assert finished([*small, "seed=1"], SUBDIR) is not None  # a run that trains nothing draws nothing
     assert finished([*small, "err=1.5"], SUBDIR) is None
+    record.save(folder / "none-err=0.3-copied")
+    assert finished([*small, "err=0.3"], "${model.name}/none-err=0.3-copied") is None  # the run itself will refuse it
     record.status = "failed"
     record.save(folder / f"none-err=0.5-{record.fingerprint}")
     assert finished(small, SUBDIR) is None

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from welore.config import CONF, compose
+from welore.config import CONF, compose, fingerprint, to_config
 from welore.records import Record
 
 
@@ -65,4 +65,6 @@ def finished(overrides: Sequence[str], subdir: str) -> tuple[Path, Record] | Non
         return None
     folder = Path(cfg.outputs, cfg.subdir)
     record = Record.read(folder)
-    return (folder, record) if record is not None and record.status == "done" else None
+    if record is None or record.status != "done" or record.fingerprint != fingerprint(to_config(cfg)):
+        return None  # a record that was copied there is refused by the run itself
+    return folder, record
