@@ -1,20 +1,23 @@
 """Runs as W&B holds them, in the place of a folder of outputs: source=wandb:ENTITY/PROJECT."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from experiments.cells import Cell, Runs
-from welore.cache import digest
+from welore.cache import digest, whole
 from welore.errors import Refused
 from welore.loggers import RECORD
-from welore.records import Record
+from welore.records import Record, finite
 
 if TYPE_CHECKING:
     from wandb.apis.public import Run
 
 CURVES = ("_", "train/", "validation/", "trainer/", "epoch")  # how the keys of W&B's summary begin that are no metrics
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # how W&B writes numbers that a record leaves empty
 
 
 def read(source: str, outputs: str, name: Callable[[Cell], str]) -> Runs:
@@ -26,9 +29,10 @@ def read(source: str, outputs: str, name: Callable[[Cell], str]) -> Runs:
     by_folder = {home / digest(run.id, record.started): (run, record) for run, record in _records(found[1])}
 
     def fetch(folder: Path, file: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         for there in by_folder[folder][0].files([file]):
-            there.download(root=str(folder), exist_ok=True)
+            with whole(folder / file) as part, TemporaryDirectory() as elsewhere:
+                there.download(root=elsewhere)
+                shutil.copy(Path(elsewhere, file), part)
 
     return Runs.of(((folder, record) for folder, (_, record) in by_folder.items()), name, fetch)
 
@@ -54,4 +58,5 @@ def record_of(config: dict[str, Any], summary: dict[str, Any]) -> Record:
     about = dict(summary.pop(RECORD))
     empty = dict.fromkeys(about.pop("empty"))
     found = {key: value for key, value in summary.items() if not key.startswith(CURVES)}
+    found = {key: None if value in NOT_FINITE else value for key, value in finite(found).items()}
     return Record(config=config, metrics=found | empty, **about)

@@ -1,6 +1,7 @@
 """W&B: the workspace as it would be sent, and artefacts made again of what its API gives; a small API on loopback."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -129,6 +130,10 @@ def put(api, name, folder, count=None):
 
 def test_a_record_is_the_same_after_its_way_through_wandb(api, tmp_path):
     (record,) = put(api, "figure7", tmp_path / "there")
+    record.metrics |= {"tuned/perplexity": None, "dense/perplexity": None}
+    summary = json.loads(api.runs[0]["summaryMetrics"])
+    summary |= {"tuned/perplexity": "NaN", "dense/perplexity": math.inf}
+    api.runs[0]["summaryMetrics"] = json.dumps(summary)  # with the sign that JSON does not have
     runs = online.read("wandb:me/welore", str(tmp_path), fingerprint_of)
     assert [found for _, found in runs.latest.values()] == [record]
 
