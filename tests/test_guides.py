@@ -2,12 +2,17 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from welore.config import spell_out
+from welore.finished import composed
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
@@ -64,14 +69,44 @@ def test_a_block_is_run_or_says_that_it_is_not():
     assert kinds == {"guide.md": {"sh", "sh not-run"}, "contributing.md": {"sh", "diff"}}
 
 
-@pytest.mark.parametrize("guide", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def values(override):
+    return (
+        override.sweep_string_iterator()
+        if override.is_sweep_override()
+        else iter([override.get_value_element_as_str()])
+    )
+
+
+def runs(page):
+    """The overrides of every `python run.py` that no other test runs, with one value of each sweep."""
+    parser = OverridesParser.create()
+    for kind, content in FENCE.findall(page.read_text()):
+        for line in content.replace("\\\n", " ").splitlines() if kind in ("", "sh not-run") else []:
+            command = re.search(r"python run\.py (.*)", line)
+            words = shlex.split(command[1], comments=True) if command else []
+            if words and not {"...", "model=PATH"} & set(words):
+                parsed = parser.parse_overrides(spell_out([word for word in words if not word.startswith("-")]))
+                yield [f"{o.get_key_element()}={next(values(o))}" for o in parsed]
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_option_of_a_command_that_is_shown_exists(page):
+    for overrides in runs(page):
+        composed(overrides)
+
+
+@pytest.mark.parametrize("guide", PAGES, ids=lambda page: page.stem)
 def test_the_links_of_a_page_lead_somewhere(guide):
-    text = re.sub(FENCE, "", (ROOT / "docs" / guide).read_text())
+    text = re.sub(FENCE, "", guide.read_text())
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
     lost = []
     for link in links:
         file, _, anchor = link.partition("#")
-        page = (ROOT / "docs" / file) if file else ROOT / "docs" / guide
+        page = (guide.parent / file) if file else guide
         titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M) if page.exists() else None
         if titles is None or anchor and anchor not in {slug(title) for title in titles}:
             lost.append(link)
