@@ -27,6 +27,11 @@ def index() -> int:
     return int(os.environ["SLURM_PROCID"]) if count() > 1 else 0
 
 
+def device() -> int:
+    """Which of the GPUs that a process of several sees is its own: those of one node take one each."""
+    return int(os.environ["SLURM_LOCALID"]) % torch.cuda.device_count()
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Meet the other processes, and part from them: whoever then waits for this one learns that it is gone."""

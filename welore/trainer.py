@@ -51,7 +51,11 @@ class Trainer:
             )
         if cpus := os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE"):
             torch.set_num_threads(int(cpus))
-        return torch.device("cuda" if self.device != "cpu" and torch.cuda.is_available() else "cpu")
+        if self.device == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        if processes.count() > 1:
+            torch.cuda.set_device(processes.device())  # or all of a node would load the model onto its first GPU
+        return torch.device("cuda")
 
 
 @dataclass
