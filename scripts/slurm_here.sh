@@ -13,9 +13,11 @@ install() {
   command -v slurmctld slurmd srun munged >/dev/null && return
   [ "$(id -u)" = 0 ] || { echo "slurm_here: Slurm is not installed, and installing it takes root" >&2; exit 3; }
   command -v apt-get >/dev/null || { echo "slurm_here: Slurm is not installed, and there is no apt-get" >&2; exit 3; }
+  exec 9>/tmp/welore-apt.lock && flock 9  # tests in other processes install too, and apt does not wait
   apt-get update -qq >&2 || true
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    slurmctld slurmd slurm-client munge >&2 || { echo "slurm_here: apt-get cannot install Slurm" >&2; exit 3; }
+    slurmctld slurmd slurm-client munge >&2 9>&- || { echo "slurm_here: apt-get cannot install Slurm" >&2; exit 3; }
+  exec 9>&-
 }
 
 free_port() {  # one that nobody listens on, so that several can run on one machine

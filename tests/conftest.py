@@ -217,7 +217,7 @@ def data():
 def slurm(tmp_path_factory):
     """What the environment of a client needs to reach a real Slurm on this machine, with one node and its CPUs."""
     script, folder = ROOT / "scripts" / "slurm_here.sh", tmp_path_factory.mktemp("slurm")
-    started = subprocess.run([script, "start", folder], capture_output=True, text=True, timeout=300)
+    started = subprocess.run([script, "start", folder], capture_output=True, text=True, timeout=900)
     if started.returncode == 3:
         pytest.skip(started.stderr.strip().splitlines()[-1])
     assert started.returncode == 0, started.stderr

@@ -235,7 +235,9 @@ def chromium():
     if shutil.which("apt-get") is None or os.geteuid() != 0:
         pytest.skip("no chromium here, and no right to install one")
     install = "apt-get update -qq; apt-get install -y -qq --no-install-recommends chromium"
-    subprocess.run(install, shell=True, capture_output=True, timeout=600, check=False)
+    # Tests in other processes install too, and apt does not wait: as in scripts/slurm_here.sh.
+    locked = ["flock", "--close", "/tmp/welore-apt.lock", "sh", "-c", install]
+    subprocess.run(locked, capture_output=True, timeout=900, check=False)
     return shutil.which("chromium") or pytest.skip("chromium could not be installed")
 
 
