@@ -33,8 +33,8 @@ from welore.lowrank import LowRankLinear
 from welore.measure import GIB, peak_memory, synchronize
 from welore.models import components
 from welore.modes import Mode, select
+from welore.provenance import environment
 from welore.ranks import Budget
-from welore.runner import environment
 from welore.svd import singular_values
 
 SEVEN_B = [

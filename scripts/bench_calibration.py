@@ -22,7 +22,7 @@ from welore.config import Config, compose, to_config
 from welore.measure import GIB, peak_memory
 from welore.models import components, count_bytes, decoder_layers
 from welore.moments import Needs
-from welore.runner import environment
+from welore.provenance import environment
 
 FLOAT32, FLOAT64 = 4, 8
 SHAPES = {  # hidden size, MLP, layers, heads, heads of keys and values

@@ -27,7 +27,7 @@ from welore.fuse import fuse
 from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, prefill_flops, race
 from welore.measure import GIB, peak_memory
 from welore.models import DTYPES, count_bytes
-from welore.runner import environment
+from welore.provenance import environment
 
 DENSE, SMALL = "dense", "compressed"
 

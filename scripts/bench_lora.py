@@ -33,8 +33,8 @@ from welore.fit import fit
 from welore.measure import WARM_UP_STEPS, Throughput, give_back, synchronize
 from welore.modes import adapted, select
 from welore.module import Tuner
+from welore.provenance import environment
 from welore.records import read_history
-from welore.runner import environment
 
 Turn = tuple[list[float], list[float]]  # seconds and loss of every step
 

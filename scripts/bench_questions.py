@@ -20,7 +20,7 @@ from bench import compressed
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.examine import Exam, Sitting
-from welore.runner import environment
+from welore.provenance import environment
 
 ONE = "one by one"
 

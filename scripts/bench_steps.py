@@ -20,7 +20,7 @@ from welore.cache import Cache
 from welore.config import compose, to_config
 from welore.evaluate import autocast, frozen_weights_in
 from welore.modes import Mode
-from welore.runner import environment
+from welore.provenance import environment
 
 MODES = ("welore", "full")
 OPTIMIZERS = {"fused": {"fused": True}, "loop": {"foreach": False, "fused": False}}

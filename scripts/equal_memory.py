@@ -27,7 +27,7 @@ from welore.config import compose, to_config
 from welore.measure import GIB
 from welore.memory import Step, largest_batch
 from welore.modes import select
-from welore.runner import environment
+from welore.provenance import environment
 
 
 def without_storage(model: PreTrainedModel) -> PreTrainedModel:

@@ -40,6 +40,11 @@ class Peak:
         """What torch took from the GPU for it, fragments included; None on a CPU."""
         return torch.cuda.max_memory_reserved(self.device) / GIB if self.device.type == "cuda" else None
 
+    def metrics(self, allocated: metrics.Metric, reserved: metrics.Metric) -> dict[str, float]:
+        """Both peaks on a GPU; on a CPU the resident memory, as `allocated`."""
+        found = {allocated.key: self.gib, reserved.key: self.reserved_gib}
+        return {key: gib for key, gib in found.items() if gib is not None}
+
 
 def give_back(device: torch.device) -> None:
     """Return what was freed to the system, or the next peak would depend on what ran before.

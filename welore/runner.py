@@ -1,44 +1,38 @@
 """The story of one run: load, spectra, ranks, factorize, select, fit, evaluate, record."""
 
 import gc
-import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from welore import checkpoint, metrics, processes
 from welore.alone import alone_in
-from welore.cache import Cache, digest, discard_halves, whole
+from welore.cache import Cache, digest, discard_halves
 from welore.compress import weight_digests
 from welore.config import Config, fingerprint
 from welore.errors import Interrupted, Refused
-from welore.evaluate import Benchmark, Outcome, frozen_weights_in
+from welore.evaluate import Benchmark
 from welore.loggers import told
-from welore.measure import GIB, Peak, Throughput, give_back, peak_memory
-from welore.models import DTYPES, components, count_bytes, count_parameters, flops_per_token
-from welore.modes import norm_parameters, select
-from welore.optim import state_bytes
-from welore.prune import count_zeros
+from welore.measure import peak_memory
+from welore.models import DTYPES, count_bytes, count_parameters, flops_per_token
+from welore.provenance import commit, environment
 from welore.ranks import Plan
 from welore.records import Record, bring_back, discard_aside, set_aside
 from welore.report import announce
-from welore.rounds import compress, sparsity
-from welore.sparse import KeptZeros
+from welore.rounds import compress
+from welore.stage import measure, measure_once, noted
 from welore.trainer import CHECKPOINTS, REQUEUE, discard_checkpoints
+from welore.tune import tune
 
 MODEL = "model"
 LEAVE = 60  # seconds
@@ -118,7 +112,7 @@ def _made(config: Config, folder: Path) -> Record:
         fingerprint(config),
         "failed",
         asdict(config),
-        commit=_commit(),
+        commit=commit(),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     for place in (folder, Path(config.outputs) / ".cache"):
@@ -165,7 +159,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     if config.mode.trains:
         record.environment["recompute"] = config.trainer.recompute  # no science, but it decides speed and memory
     found |= {metrics.DENSE_PARAMETERS.key: count_parameters(model), metrics.DENSE_BYTES.key: count_bytes(model)}
-    found |= _told(_measure_once(model, weights, benchmark, config, cache, "dense"), folder, "dense")
+    found |= noted(measure_once(model, weights, benchmark, config, cache, "dense"), folder, "dense")
     found[metrics.DENSE_EVAL_TOKENS_PER_SECOND.key] = found.get(metrics.EVAL_TOKENS_PER_SECOND.key)
 
     started = time.perf_counter()
@@ -174,7 +168,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
         found |= {metrics.COMPRESS_PEAK_GIB.key: peak.gib, metrics.COMPRESS_SECONDS.key: time.perf_counter() - started}
     found |= _compression(model, plan)
     weights = weight_digests(model)
-    found |= _told(_measure_once(model, weights, benchmark, config, cache, "compressed"), folder, "compressed")
+    found |= noted(measure_once(model, weights, benchmark, config, cache, "compressed"), folder, "compressed")
     found[metrics.NATS.key] = _damage(found)
 
     tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
@@ -183,7 +177,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
             config.mode.divide(plan.division)
             _call(model, tokenizer, folder, plan.division)
             found |= tune(model, tokenizer, config, folder, cache, loggers)
-            found |= _told(_measure(model, benchmark, config, "tuned"), folder, "tuned")
+            found |= noted(measure(model, benchmark, config, "tuned"), folder, "tuned")
             found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
         for logger in loggers:
             logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
@@ -203,107 +197,6 @@ def _help(config: Config, folder: Path, division: Mapping[str, int]) -> None:
     model, tokenizer = checkpoint.load(folder / CHECKPOINTS / MODEL, DTYPES[config.model.dtype])
     config.mode.divide(division)
     tune(model.to(config.trainer.place()), tokenizer, config, folder, Cache(Path(config.outputs) / ".cache"), [])
-
-
-def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: list) -> dict[str, Any]:
-    """Train what the mode selects, and say how much that was and what it took."""
-    from welore.fit import fit  # Lightning takes seconds to import, and a run without training does not need it
-    from welore.module import Tuner
-    from welore.snapshots import Snapshots
-
-    training = config.task.training
-    batches = training.batches(config.task, tokenizer, cache, config.seed)
-    held_out = config.task.rows(tokenizer, cache, config.seed, "validation", training.validation_windows)
-    validation = DataLoader([held_out.batch(torch.tensor([row])) for row in range(len(held_out))], batch_size=None)
-
-    torch.manual_seed(config.seed)  # adapters start the same whatever was drawn before
-    pruned = config.prune.matrices(components(model)).values()
-    zeros = KeptZeros([linear.weight for linear in pruned])
-    parameters = select(model, config.mode)
-    besides = training.unfreeze(model)
-    norms = {id(p) for p in norm_parameters(model)}
-    trained = sum(p.numel() for p in (*parameters, *besides))
-    announce(f"train {trained:,} of {count_parameters(model):,} parameters for {batches.steps} steps")
-    tuner = Tuner(model, config.mode, parameters, training, batches.steps, zeros, besides)
-    throughput = Throughput(training.accumulate)
-    after = training.snapshots(batches.steps)
-    snapshots = [Snapshots(model, tokenizer, config.mode, after, folder)] if after else []
-    watching = snapshots if processes.index() == 0 else []
-    device = next(model.parameters()).device
-    give_back(device)  # of what compression freed
-    started = time.perf_counter()
-    with peak_memory(device) as peak, frozen_weights_in(model, config.model.autocast):
-        fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput, watching)
-        memory = _memory(peak, metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
-    gradients = trained * torch.float32.itemsize
-    state = (gradients + state_bytes(tuner.optimizers(use_pl_optimizer=False))) / GIB
-    model.to(device).eval().requires_grad_(False)
-    config.mode.finish(model)
-    zeros.apply()  # adapters that were merged into a pruned weight had filled them
-    zeroed = sparsity(count_zeros(config.prune, components(model)), "tuned") if config.prune.prunes else {}
-    return (
-        zeroed
-        | throughput.metrics()
-        | memory
-        | {
-            metrics.FIT_STATE_GIB.key: state,
-            metrics.TRAINABLE_PARAMETERS.key: trained,
-            metrics.TRAINABLE_NORMS.key: sum(p.numel() for p in parameters if id(p) in norms),
-            metrics.FIT_TOKENS.key: tuner.tokens_seen,
-            metrics.FIT_STEPS.key: batches.steps,
-            metrics.FIT_EPOCHS.key: batches.epochs,
-            metrics.FIT_SECONDS.key: time.perf_counter() - started,
-        }
-    )
-
-
-def _measure(model: PreTrainedModel, benchmark: Benchmark, config: Config, stage: str) -> Outcome:
-    device = next(model.parameters()).device
-    give_back(device)
-    with peak_memory(device) as peak:
-        outcome = benchmark.measure(model, config.model.autocast, stage)
-        outcome.shared.update(_memory(peak, metrics.EVAL_PEAK_GIB, metrics.EVAL_RESERVED_GIB))
-    return benchmark.rate(outcome, device, stage)
-
-
-def _memory(peak: Peak, allocated: metrics.Metric, reserved: metrics.Metric) -> dict[str, float]:
-    """Both peaks on a GPU; on a CPU the resident memory, as `allocated`."""
-    found = {allocated.key: peak.gib, reserved.key: peak.reserved_gib}
-    return {key: gib for key, gib in found.items() if gib is not None}
-
-
-def _measure_once(model, weights: dict[str, str], benchmark: Benchmark, config: Config, cache, stage: str) -> Outcome:
-    """The same for weights that other runs have too, once for each device."""
-    shape, *content = benchmark.identity
-    device = environment(next(model.parameters()).device)["device"]
-    key = digest(
-        *(part for item in weights.items() for part in item),
-        model.config.to_json_string(),
-        f"{shape} {config.model.autocast} {device}",
-        *content,
-    )
-
-    def make() -> Outcome:
-        return _measure(model, benchmark, config, stage)
-
-    def read(path: Path) -> Outcome:
-        return Outcome(**json.loads(path.read_text()))
-
-    def write(outcome: Outcome, path: Path) -> None:
-        path.write_text(json.dumps(asdict(outcome)))
-
-    return cache.get("benchmark", key, read, write, make)
-
-
-def _told(outcome: Outcome, folder: Path, stage: str) -> dict[str, Any]:
-    """The metrics of a stage; its answers go to a file for people to read."""
-    if breaks_at := outcome.stage.get(metrics.BREAKS_AT):
-        announce(f"the {stage} model gives a loss that is not finite; it starts in {breaks_at}")
-    if outcome.answers:
-        lines = [json.dumps(answer, ensure_ascii=False) for answer in outcome.answers]
-        with whole(folder / f"answers-{stage}.jsonl") as part:
-            part.write_text("\n".join(lines) + "\n")
-    return outcome.metrics(stage)
 
 
 def _compression(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:
@@ -340,31 +233,3 @@ def _check_positions(model: PreTrainedModel, config: Config, benchmark: Benchmar
             raise Refused(
                 f"{key}={length} is longer than the {limit} positions of {config.model.name}. Write {limit} or less."
             )
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """On what a run was computed: rows of different devices are never compared for speed or memory."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    packages = ("torch", "transformers", "peft", "lightning", "datasets")
-    return {"device": name, "python": platform.python_version(), **{package: version(package) for package in packages}}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the code, marked where files were changed since; None outside a checkout."""
-    root = Path(__file__).parent.parent
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

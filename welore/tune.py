@@ -1,0 +1,73 @@
+"""Steps 8 and 9 of a run: train what the mode selects, and say what it took."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from welore import metrics, processes
+from welore.cache import Cache
+from welore.config import Config
+from welore.evaluate import frozen_weights_in
+from welore.measure import GIB, Throughput, give_back, peak_memory
+from welore.models import components, count_parameters
+from welore.modes import norm_parameters, select
+from welore.optim import state_bytes
+from welore.prune import count_zeros
+from welore.report import announce
+from welore.rounds import sparsity
+from welore.sparse import KeptZeros
+
+
+def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: list) -> dict[str, Any]:
+    """Train what the mode selects, and say how much that was and what it took."""
+    from welore.fit import fit  # Lightning takes seconds to import, and a run without training does not need it
+    from welore.module import Tuner
+    from welore.snapshots import Snapshots
+
+    training = config.task.training
+    batches = training.batches(config.task, tokenizer, cache, config.seed)
+    held_out = config.task.rows(tokenizer, cache, config.seed, "validation", training.validation_windows)
+    validation = DataLoader([held_out.batch(torch.tensor([row])) for row in range(len(held_out))], batch_size=None)
+
+    torch.manual_seed(config.seed)  # adapters start the same whatever was drawn before
+    pruned = config.prune.matrices(components(model)).values()
+    zeros = KeptZeros([linear.weight for linear in pruned])
+    parameters = select(model, config.mode)
+    besides = training.unfreeze(model)
+    norms = {id(p) for p in norm_parameters(model)}
+    trained = sum(p.numel() for p in (*parameters, *besides))
+    announce(f"train {trained:,} of {count_parameters(model):,} parameters for {batches.steps} steps")
+    tuner = Tuner(model, config.mode, parameters, training, batches.steps, zeros, besides)
+    throughput = Throughput(training.accumulate)
+    after = training.snapshots(batches.steps)
+    snapshots = [Snapshots(model, tokenizer, config.mode, after, folder)] if after else []
+    watching = snapshots if processes.index() == 0 else []
+    device = next(model.parameters()).device
+    give_back(device)  # of what compression freed
+    started = time.perf_counter()
+    with peak_memory(device) as peak, frozen_weights_in(model, config.model.autocast):
+        fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput, watching)
+        memory = peak.metrics(metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
+    gradients = trained * torch.float32.itemsize
+    state = (gradients + state_bytes(tuner.optimizers(use_pl_optimizer=False))) / GIB
+    model.to(device).eval().requires_grad_(False)
+    config.mode.finish(model)
+    zeros.apply()  # adapters that were merged into a pruned weight had filled them
+    zeroed = sparsity(count_zeros(config.prune, components(model)), "tuned") if config.prune.prunes else {}
+    return (
+        zeroed
+        | throughput.metrics()
+        | memory
+        | {
+            metrics.FIT_STATE_GIB.key: state,
+            metrics.TRAINABLE_PARAMETERS.key: trained,
+            metrics.TRAINABLE_NORMS.key: sum(p.numel() for p in parameters if id(p) in norms),
+            metrics.FIT_TOKENS.key: tuner.tokens_seen,
+            metrics.FIT_STEPS.key: batches.steps,
+            metrics.FIT_EPOCHS.key: batches.epochs,
+            metrics.FIT_SECONDS.key: time.perf_counter() - started,
+        }
+    )
