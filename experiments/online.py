@@ -22,7 +22,7 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # how W&B writes numbers that a r
 
 def read(source: str, outputs: str, name: Callable[[Cell], str]) -> Runs:
     """The runs of a project by fingerprint; their files come into the cache of `outputs` when they are asked for."""
-    found = re.fullmatch(r"wandb:([\w.-]+/[\w.-]+)", source)
+    found = re.fullmatch(r"wandb:(\w[\w.-]*/\w[\w.-]*)", source)
     if found is None:
         raise Refused(f"source={source} is no source. Write source=wandb:ENTITY/PROJECT, or leave it out.")
     home = Path(outputs) / ".cache" / "wandb" / found[1]

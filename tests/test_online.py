@@ -168,7 +168,7 @@ def test_runs_of_other_programs_are_left_out(api, tmp_path):
     assert len(online.read("wandb:me/welore", str(tmp_path), fingerprint_of).latest) == 1
 
 
-@pytest.mark.parametrize("source", ["wandb:welore", "mlflow:me/welore", "wandb:me/../welore"])
+@pytest.mark.parametrize("source", ["wandb:welore", "mlflow:me/welore", "wandb:me/../welore", "wandb:../.."])
 def test_a_source_that_is_none_is_refused(source, tmp_path):
     with pytest.raises(Refused, match="wandb:ENTITY/PROJECT"):
         online.read(source, str(tmp_path), fingerprint_of)
