@@ -64,9 +64,8 @@ class Row:
     def asked(self, name: str, outputs: str) -> Cell:
         """The cell with all that it takes to run it for the artefact `name`."""
         where = {} if outputs == default_outputs() else {"outputs": outputs}
-        force = (
-            {"force": True} if self.again and "probe" not in self.cell else {}
-        )  # a probe is added to a finished run
+        # A probe is added to a finished run, which need not be made again for it.
+        force = {"force": True} if self.again and "probe" not in self.cell else {}
         return self.cell | {"save": False, "group": name} | force | where
 
     def command(self, name: str, outputs: str) -> str:

@@ -12,6 +12,7 @@ from experiments.page import Outcomes
 from experiments.scales import setting
 from welore import metrics
 from welore.correlation import Interval
+from welore.errors import Refused
 from welore.observe import SIDES, layer_of
 from welore.report import number
 from welore.subspace import above_chance
@@ -20,6 +21,8 @@ FILES = ("probe-emergence.json",)
 SEEDS = (0, 1, 2)
 RANK = 16  # r of the subspaces in tables and claims
 THRESHOLD = "below_0.2_max"
+VECTORS = 5  # eigenvectors of the alignment
+KEPT = 0.25  # of its ranks, by a truncated weight
 LOW = ("q_proj", "k_proj", "gate_proj")  # what the paper calls low-rank (Figure 1, Section 2.4)
 HIGH = ("v_proj", "up_proj", "down_proj")
 ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -49,7 +52,19 @@ def trained(scale: str) -> Cell:
 
 
 def read(row: Row, file: str = FILES[0]) -> dict[str, Any]:
-    return json.loads((Path(row.folder) / file).read_text())
+    """What a probe has found. Refuses one that was told to leave out what is read here: that is no part of its run."""
+    path = Path(row.folder) / file
+    found = json.loads(path.read_text())
+    probe = found["probe"]
+    wanted = {"ranks": RANK in probe["ranks"], "thresholds": 0.2 in probe["thresholds"], "kept": KEPT in probe["kept"]}
+    wanted |= {"eigenvalues": probe["eigenvalues"] == VECTORS, "curvature_at": probe["curvature_at"] > 0}
+    if odd := [f"probe.{key}={probe[key]}" for key, there in wanted.items() if not there]:
+        raise Refused(
+            f"{path} was made with {', '.join(odd)}, and the artefacts read r = {RANK}, {VECTORS} eigenvalues at one "
+            f"checkpoint or more, k = 0.2 and truncation to {KEPT}. Probe the run again with probe={probe['name']} as "
+            f"it comes."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,9 +112,8 @@ def weights(found: dict[str, Any], seed: int) -> list[Weight]:
 def stability(found: dict[str, Any], name: str) -> float:
     """phi_r of the gradients of successive checkpoints in the second half, above chance, the mean of both sides."""
     shape = found["checkpoints"][str(found["steps"][-1])]["weights"][name]["shape"]
-    rank = min(RANK, *shape)
     values = [
-        above_chance(phi, rank, size)
+        above_chance(phi, RANK, size)
         for side, size in zip(SIDES, shape, strict=True)
         for phi in late(found["pairs"][name][f"{side}_{RANK}"])
     ]

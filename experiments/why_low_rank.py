@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments import emerged, figure2, v1_figure3
 from experiments.cells import Cell, Row
-from experiments.emerged import ORDER, Weight, decided, mean, read, weights
+from experiments.emerged import ORDER, VECTORS, Weight, decided, mean, read, weights
 from experiments.page import Claim, Outcomes, Page, cited
 from welore.correlation import Interval, curve, spearman
 from welore.correlation import mean as mean_of
@@ -24,7 +24,6 @@ LAMBDA = "hessian lambda_1"
 CAUSES = (*GAPS, LAMBDA, "gauss_newton lambda_1", "subspace", "cosine")
 SIGNS = {"r_90": -1, "below": 1, "nats at 0.25": -1}  # of what a larger gap or stability is to go with
 ALIKE = ("depth", "lambda_1", "component")
-K = "5"  # eigenvectors of the alignment, as many as the probe keeps
 
 
 def cells(scale: str) -> list[Cell]:
@@ -77,12 +76,12 @@ def eigen_notes(found: Sequence[dict[str, Any]]) -> list[str]:
     curved = [one["checkpoints"][str(one["steps"][-1])]["curvature"] for one in found]
     hessians = [shown["hessian"] for one in curved for shown in one.values()]
     residuals = [h["residuals"][0] / h["values"][0] for h in hessians]
-    later = [h["residuals"][int(K) - 1] / h["values"][0] for h in hessians]
+    later = [h["residuals"][VECTORS - 1] / h["values"][0] for h in hessians]
     ranks = sorted(rank for h in hessians for rank in h["stable_ranks"])
     return [
         f"residual / lambda_1 of the first eigenvalue: largest {max(residuals):.1e}; of the fifth: mean "
         f"{mean(later):.1e}, largest {max(later):.1e}",
-        f"stable rank of the first {K} eigenvectors as matrices: median {ranks[len(ranks) // 2]:.2f}, largest "
+        f"stable rank of the first {VECTORS} eigenvectors as matrices: median {ranks[len(ranks) // 2]:.2f}, largest "
         f"{ranks[-1]:.1f} (the bridge from a narrow Hessian to a low-rank update)",
     ]
 
@@ -107,9 +106,13 @@ def claims(seen: Sequence[Weight], found: Sequence[dict[str, Any]]) -> list[Clai
         ("C4: a larger gap goes with lower rank", each(seen, GAPS, ["r_90"], 0)),
         ("C4: it does at the same depth and the same lambda_1", each(seen, GAPS, ["r_90"], 2)),
         ("C4: it does at the same depth in the same component", each(seen, GAPS, ["r_90"], 3)),
-        ("the rival: lower lambda_1 goes with lower rank", rival(seen, "r_90")),
-        ("the rival: lower lambda_1 goes with less loss where truncated", rival(seen, "nats at 0.25")),
+        ("the rival: lower lambda_1 goes with lower rank", rising(seen, LAMBDA, "r_90")),
+        ("the rival: lower lambda_1 goes with less loss where truncated", rising(seen, LAMBDA, "nats at 0.25")),
         ("more stable subspaces go with lower rank (Section 2.5)", each(seen, ["subspace"], list(SIGNS)[:2], 0)),
+        (
+            "gradients that keep changing go with lower rank: Spearman of cosine and r_90 above 0 (first version)",
+            rising(seen, "cosine", "r_90"),
+        ),
         ("C5: top eigenspaces of the Hessian settle (Theorem 2.1)", settles(found)),
         ("C6: the gradient falls into the top eigenspace (Theorem 2.2)", aligns(found)),
     ]
@@ -160,12 +163,13 @@ def each(seen: Sequence[Weight], causes: Sequence[str], effects: Sequence[str], 
     return outcomes
 
 
-def rival(seen: Sequence[Weight], effect: str) -> Outcomes:
+def rising(seen: Sequence[Weight], cause: str, effect: str) -> Outcomes:
+    """Whether the effect grows with the cause: over all weights, at the same depth, and also in the same component."""
     if not seen:
-        return {"lambda_1": None}
-    plain, same_depth, _, same_component = correlations(seen, LAMBDA, effect)
+        return {cause: None}
+    plain, same_depth, _, same_component = correlations(seen, cause, effect)
     return (
-        decided(plain, 1, "lambda_1")
+        decided(plain, 1, cause)
         | decided(same_depth, 1, "at the same depth")
         | decided(same_component, 1, "in the same component")
     )
@@ -201,7 +205,7 @@ def rho(found: Sequence[dict[str, Any]], which: str, place: int) -> list[float]:
     values = []
     for one in found:
         curved = [shown for step in one["steps"] if "curvature" in (shown := one["checkpoints"][str(step)])]
-        values += [shown["hessian"]["outside"][which][K] for shown in curved[place]["curvature"].values()]
+        values += [shown["hessian"]["outside"][which][str(VECTORS)] for shown in curved[place]["curvature"].values()]
     return values
 
 

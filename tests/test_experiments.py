@@ -225,7 +225,7 @@ def probed(steps):
         "model": "tiny",
         "seed": 0,
         "steps": steps,
-        "probe": {"curvature_windows": 1, "length": 16, "eigenvalues": 5, "steps": 12},
+        "probe": asdict(to_config(compose(["mode=none", "probe=trained"])).probe),
         "checkpoints": {str(step): checkpoint(step) for step in steps},
         "pairs": tables,
         "eigenspaces": {name: {str(step): step / steps[-1] for step in steps[2:]} for name in names},
@@ -695,6 +695,15 @@ def test_a_cell_whose_value_is_a_list_is_a_command():
     lists = {key: value for key, value in cell.items() if isinstance(value, list)}
     composed = compose(overrides_of(cell))
     assert lists and all(OmegaConf.select(composed, key) == value for key, value in lists.items())
+
+
+def test_a_probe_that_left_out_what_is_drawn_is_refused_by_its_settings(tmp_path):
+    rows = whole("figure2", "laptop", tmp_path)
+    found = probed([0, 2, 5, 8, 16])
+    found["probe"] |= {"ranks": [4], "eigenvalues": 2}
+    (tmp_path / "probe-emergence.json").write_text(json.dumps(found))
+    with pytest.raises(Refused, match=r"probe.ranks=\[4\], probe.eigenvalues=2, and the artefacts read r = 16"):
+        load("figure2").render(rows)
 
 
 @pytest.mark.parametrize("scale", SCALES)
