@@ -56,6 +56,12 @@ def test_a_gradient_is_that_of_the_mean_loss_whatever_runs_together(model, probe
     torch.testing.assert_close(found[NAME], expected)
 
 
+def test_a_model_whose_loss_is_not_finite_is_refused(model, probe):
+    model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(Refused, match="the loss of the batch is nan"):
+        gradients(model, weights_of(model, probe.layers), batch_of(0))
+
+
 def test_a_checkpoint_shows_the_spectra_of_weights_and_gradients(model, probe):
     seen = look(model, probe, batch_of(0), batch_of(1))
     weight = model.get_submodule(NAME).weight

@@ -3,6 +3,7 @@
 Shape suffixes: B = sequences, L = tokens of one, M, N = the sides of a weight, R = rank of a subspace.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -89,6 +90,8 @@ def gradients(
         found = torch.autograd.grad(loss, list(weights.values()))
         sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
         total, count = total + float(loss.detach()), count + len(labels_T)
+    if not math.isfinite(total):
+        raise Refused(f"the loss of the batch is {total}: the model is broken, and its gradients show nothing.")
     return total / count, {name: G / count for name, G in zip(weights, sums, strict=True)}
 
 
