@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,8 @@ def _records(project: str) -> "Iterator[tuple[Run, Record]]":
     try:
         for run in wandb.Api().runs(project, order="+created_at", per_page=200, lazy=False):
             if RECORD in run.summary_metrics:
-                yield run, record_of(run.config, dict(run.summary_metrics))
+                with suppress(KeyError, TypeError, ValueError):  # a run of other code that uses this word
+                    yield run, record_of(run.config, dict(run.summary_metrics))
     except (wandb.errors.Error, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise Refused(

@@ -128,7 +128,11 @@ function reveal() {
 
 // The address says what is shown, so that it can be sent to others: #q=SEARCH, #run=NAME, #runs=NAME,NAME.
 function follow() {
-  const [key, value] = decodeURIComponent(location.hash.slice(1)).split(/=(.*)/s);
+  let address = location.hash.slice(1);
+  try {
+    address = decodeURIComponent(address);
+  } catch {} // a lone % in what somebody typed
+  const [key, value] = address.split(/=(.*)/s);
   if (key !== "run" && dialog.open) dialog.close();
   if (key === "run") open(value);
   if (key === "q") {

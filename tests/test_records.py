@@ -34,7 +34,10 @@ def test_a_save_that_fails_leaves_the_earlier_record(tmp_path):
     assert Record.read(tmp_path).seconds == 1.0
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprint": "a"}', '{"unknown": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"fingerprint": "a"}', '{"unknown": 1}', '{"fingerprint": "a", "status": "done", "config": []}'],
+)
 def test_a_file_that_is_no_record_reads_as_none(tmp_path, content):
     (tmp_path / FILE).write_text(content)
     assert Record.read(tmp_path) is None

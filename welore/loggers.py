@@ -84,7 +84,7 @@ def _conclude(run: Any, folder: Path, record: Record, error: BaseException | Non
     """What it takes to make the record again of the W&B run, whose config and history hold the rest."""
     text = {key: value for key, value in record.metrics.items() if isinstance(value, str)}
     about = {key: getattr(record, key) for key in ABOUT}
-    about["seconds"] = time.time() - datetime.fromisoformat(record.started).timestamp()
+    about["seconds"] = max(0.0, time.time() - datetime.fromisoformat(record.started).timestamp())
     # A metric without a value is not logged.
     about["empty"] = [key for key, value in record.metrics.items() if value is None]
     about |= {"status": "done", "error": None} if error is None else {"status": "failed", "error": told(error)}

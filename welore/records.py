@@ -75,6 +75,7 @@ class Record:
             content = json.loads((folder / FILE).read_text())
             seal = content.pop(SEAL, None)  # records of earlier versions have none
             record = cls(**content)
+            record.config.keys(), record.metrics.keys()  # raises where they are no objects
         except (OSError, ValueError, TypeError, AttributeError):
             return None
         if seal is not None and seal != _seal(content):
