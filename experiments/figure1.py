@@ -52,6 +52,7 @@ def render(rows: Sequence[Row]) -> Page:
         "= (lambda_r - lambda_(r+1)) / lambda_1, share = the part of the trace in the first r, above 1 where the rest "
         "curves down",
         "the probe is of the dense model; the run cut it afterwards to",
+        "intervals are of single weights, as if they were independent: there are too few layers to resample",
         f"seconds: {', '.join(f'{part} {spent:,.0f}' for part, spent in last['seconds'].items())}",
         *emerged.measured(rows),
     ]

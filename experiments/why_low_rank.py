@@ -3,7 +3,7 @@
 Cost: laptop 3 runs of pretraining with their probes, an hour on 2 busy CPU cores; paper 3 runs, never measured.
 
 The paper sees a strong correlation and prints no coefficient. Here are Spearman's over all weights of all seeds, with
-intervals from resampled layers, and what is left of them at the same depth and the same lambda_1: its rival says that
+intervals from resampled layers, and what is left of them in the same layer at the same lambda_1: its rival says that
 low curvature, and not a gap, goes with low rank.
 """
 
@@ -23,7 +23,7 @@ GAPS = ("hessian ratio", "hessian fall", "hessian relative", "hessian share", "g
 LAMBDA = "hessian lambda_1"
 CAUSES = (*GAPS, LAMBDA, "gauss_newton lambda_1", "subspace", "cosine")
 SIGNS = {"r_90": -1, "below": 1, "nats at 0.25": -1}  # of what a larger gap or stability is to go with
-ALIKE = ("depth", "lambda_1", "component")
+ALIKE = ("layer", "lambda_1", "component")
 
 
 def cells(scale: str) -> list[Cell]:
@@ -42,8 +42,8 @@ def render(rows: Sequence[Row]) -> Page:
     ]
     notes = [
         f"Spearman's correlation over {len(seen)} weights of {len(found)} seeds (95 % of resamples of layers and "
-        f"seeds); then partial ones: at the same depth, at the same depth and {LAMBDA}, and at the same depth and in "
-        "the same component",
+        f"seeds); then partial ones: in the same layer, in the same layer at the same {LAMBDA}, and in the same "
+        "layer and component",
         f"r_90: over that of the same entries in a random order, which takes out the shape; below: the share of "
         f"singular values below 0.2 of the largest, less that of the control; nats at 0.25: the rise of the loss "
         f"where a weight keeps a quarter of its ranks; subspace: phi_{emerged.RANK} of successive gradients, less "
@@ -56,18 +56,18 @@ def render(rows: Sequence[Row]) -> Page:
 
 
 def correlations(seen: Sequence[Weight], cause: str, effect: str) -> list[Interval | str]:
-    """Plain; at the same depth; also at the same lambda_1 (a dash for lambda_1 itself); or in the same component."""
+    """Plain; in the same layer; also at the same lambda_1 (a dash for lambda_1 itself), or in the same component."""
     x, y = ([w.numbers[key] for w in seen] for key in (cause, effect))
-    depth = [float(w.layer) for w in seen]
+    depths = [[float(w.layer == layer) for w in seen] for layer in sorted({w.layer for w in seen})]
     blocks = [w.block for w in seen]
     same = [w.numbers[LAMBDA] for w in seen]
-    curved = "—" if cause == LAMBDA else spearman(x, y, blocks, [depth, same])
+    curved = "—" if cause == LAMBDA else spearman(x, y, blocks, [*depths, same])
     kinds = [[float(w.component == kind) for w in seen] for kind in ORDER]
     return [
         spearman(x, y, blocks),
-        spearman(x, y, blocks, [depth]),
+        spearman(x, y, blocks, depths),
         curved,
-        spearman(x, y, blocks, [depth, *kinds]),
+        spearman(x, y, blocks, [*depths, *kinds]),
     ]
 
 
@@ -104,8 +104,8 @@ def claims(seen: Sequence[Weight], found: Sequence[dict[str, Any]]) -> list[Clai
         ("C3: gradient subspaces of q, k and gate stabilize more than the others", figure2.stabilize_more(found)),
         ("C3: subspaces stay more alike in training than between two batches", above_floor(found)),
         ("C4: a larger gap goes with lower rank", each(seen, GAPS, ["r_90"], 0)),
-        ("C4: it does at the same depth and the same lambda_1", each(seen, GAPS, ["r_90"], 2)),
-        ("C4: it does at the same depth in the same component", each(seen, GAPS, ["r_90"], 3)),
+        ("C4: it does in the same layer at the same lambda_1", each(seen, GAPS, ["r_90"], 2)),
+        ("C4: it does in the same layer and component", each(seen, GAPS, ["r_90"], 3)),
         ("the rival: lower lambda_1 goes with lower rank", rising(seen, LAMBDA, "r_90")),
         ("the rival: lower lambda_1 goes with less loss where truncated", rising(seen, LAMBDA, "nats at 0.25")),
         ("more stable subspaces go with lower rank (Section 2.5)", each(seen, ["subspace"], list(SIGNS)[:2], 0)),
@@ -164,13 +164,13 @@ def each(seen: Sequence[Weight], causes: Sequence[str], effects: Sequence[str], 
 
 
 def rising(seen: Sequence[Weight], cause: str, effect: str) -> Outcomes:
-    """Whether the effect grows with the cause: over all weights, at the same depth, and also in the same component."""
+    """Whether the effect grows with the cause: over all weights, in the same layer, and also in the same component."""
     if not seen:
         return {cause: None}
-    plain, same_depth, _, same_component = correlations(seen, cause, effect)
+    plain, same_layer, _, same_component = correlations(seen, cause, effect)
     return (
         decided(plain, 1, cause)
-        | decided(same_depth, 1, "at the same depth")
+        | decided(same_layer, 1, "in the same layer")
         | decided(same_component, 1, "in the same component")
     )
 

@@ -84,13 +84,14 @@ def _ranks(values_I: Tensor, counts_BI: Tensor) -> Tensor:
 
 
 def _partial(ranks_BXI: Tensor, counts_BI: Tensor) -> Tensor:
-    """The correlation of what the others leave of the first two variables."""
+    """The correlation of what the others leave of the first two variables; a constant one leaves all of it."""
     weight_B1I = counts_BI[:, None] / counts_BI.sum(1)[:, None, None]
     centered_BXI = ranks_BXI - (weight_B1I * ranks_BXI).sum(-1, keepdim=True)
     covariance_BXX = (weight_B1I * centered_BXI) @ centered_BXI.mT
     deviation_BX = covariance_BXX.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     correlation_BXX = covariance_BXX / (deviation_BX[:, :, None] * deviation_BX[:, None])
-    bad_B = ~correlation_BXX.isfinite().all(-1).all(-1)
+    bad_B = ~correlation_BXX[:, :2, :2].isfinite().all(-1).all(-1)
+    correlation_BXX = correlation_BXX.nan_to_num(0.0, 0.0, 0.0)
     correlation_BXX[bad_B] = torch.eye(correlation_BXX.shape[1], dtype=torch.float64)
     asked, controls = slice(0, 2), slice(2, None)
     toward_BXX = correlation_BXX[:, asked, controls] @ torch.linalg.pinv(

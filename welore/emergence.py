@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from welore.blocks import OPERATORS, check_attention, curvature, memory, products
@@ -190,9 +192,9 @@ def _between(parts: Path, names: list[str], steps: list[int], bent: list[int], p
 
     `pairs` are symmetric matrices over the checkpoints, `eigenspaces` phi_k by the later checkpoint of each pair.
     """
-    matrices = {step: load_file(parts / f"{step}.safetensors") for step in steps}
     found: dict[str, dict[str, Any]] = {"pairs": {}, "eigenspaces": {}}
     for name in names:
+        matrices = {step: _matrices(parts, step, name) for step in steps}
         table: dict[str, list[list[float]]] = {}
         for (i, s), (j, t) in combinations(enumerate(steps), 2):
             for key, value in _likeness(matrices[s], matrices[t], name, probe.ranks).items():
@@ -205,6 +207,12 @@ def _between(parts: Path, names: list[str], steps: list[int], bent: list[int], p
             for earlier, later in zip(bent, bent[1:], strict=False)
         }
     return found
+
+
+def _matrices(parts: Path, step: int, name: str) -> dict[str, Tensor]:
+    """What is kept of one weight at one checkpoint: all weights of all of them would fill the memory."""
+    with safe_open(parts / f"{step}.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in sorted(file.keys()) if key.startswith(f"{name}/")}
 
 
 def _likeness(ours: dict, theirs: dict, name: str, ranks: list[int]) -> dict[str, float]:
