@@ -125,3 +125,10 @@ def test_the_cost_counts_what_lies_above_a_weight_and_the_memory_the_basis(model
     assert products(model, probe) == 7 * (12 + 1) / 2  # 7 weights of the second of two layers
     more = to_config(compose(["model=tiny", "mode=none", "probe=emergence", "probe.steps=112"])).probe
     assert memory(model, more, 259) > memory(model, probe, 259)
+
+
+def test_a_weight_on_which_the_loss_does_not_depend_is_named(model, probe):
+    model.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    batches = {"same": batch_of(0), "other": batch_of(1), "large": batch_of(2)}
+    with pytest.raises(Refused, match=r"layers.1.self_attn.q_proj, hessian: a gap at r=2"):
+        curvature(model, probe, batches)

@@ -50,9 +50,12 @@ def curvature(
             found = seen.numbers.setdefault(name, {})
             for operator in operators:
                 # No name for the product here: it holds the graph of a backward pass until the next one is made.
-                eigen, found[operator] = _spectrum(
-                    hessian(loss, W_MN) if operator == "hessian" else gauss_newton(logits_TV, W_MN), W_MN, probe
-                )
+                try:
+                    eigen, found[operator] = _spectrum(
+                        hessian(loss, W_MN) if operator == "hessian" else gauss_newton(logits_TV, W_MN), W_MN, probe
+                    )
+                except Refused as error:
+                    raise Refused(f"{name}, {operator}: {error}") from error
                 found[operator]["outside"] = {
                     which: {str(k): outside(G[which][name], eigen.vectors_KMN[:k]) for k in _ranks(probe)}
                     for which in G
