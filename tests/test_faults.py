@@ -49,6 +49,7 @@ def config_of(text_file):
 def live(config: Config) -> None:
     """One life of the run, in a process of its own."""
     os.environ["TQDM_DISABLE"] = "1"
+    torch.set_num_threads(1)  # as in the tests: the device, and with it a cached outcome, is named after them
     outputs = Path(config.outputs)
     sys.stderr = (outputs / "log").open("a")
     run(config, outputs / "run")
