@@ -109,6 +109,14 @@ def weights(found: dict[str, Any], seed: int) -> list[Weight]:
     return rows
 
 
+def shown(
+    found: Sequence[dict[str, Any]], component: str, place: int, of: str = "weight", key: str = "r_90"
+) -> list[float]:
+    """One number of every weight of a component at one checkpoint: of the `weight`, its `gradient` or the `floor`."""
+    at = [one["checkpoints"][str(one["steps"][place])]["weights"] for one in found]
+    return [one[name][of][key] for one in at for name in one if name.endswith(component)]
+
+
 def stability(found: dict[str, Any], name: str) -> float:
     """phi_r of the gradients of successive checkpoints in the second half, above chance, the mean of both sides."""
     shape = found["checkpoints"][str(found["steps"][-1])]["weights"][name]["shape"]

@@ -12,6 +12,7 @@ from experiments import emerged
 from experiments.cells import Cell, Row
 from experiments.emerged import HIGH, LOW, ORDER, Weight, decided, mean, read, weights
 from experiments.page import Claim, Outcomes, Page, cited
+from welore.blocks import OPERATORS
 from welore.correlation import spearman
 from welore.maps import layers_figure
 from welore.plots import by_component
@@ -19,7 +20,6 @@ from welore.plots import by_component
 FILE = "probe-trained.json"
 NEEDS = (FILE,)
 GAPS = ("ratio", "fall", "relative", "share")  # those without a scale: curvature.gaps
-OPERATORS = ("hessian", "gauss_newton")
 GAPPED, FLAT = (*LOW, "o_proj"), HIGH
 
 

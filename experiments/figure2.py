@@ -60,16 +60,10 @@ def line(component: str, seen: Sequence[Weight], found: Sequence[dict[str, Any]]
         f"{mean([n['subspace'] for n in of]):.3f}",
         f"{mean(floors):.3f}",
         f"{mean([n['cosine'] for n in of]):.3f}",
-        f"{mean(r_90(found, component, 0)):.3f}",
-        f"{mean(r_90(found, component, -1)):.3f}",
+        f"{mean(emerged.shown(found, component, 0)):.3f}",
+        f"{mean(emerged.shown(found, component, -1)):.3f}",
         f"{mean([n['r_90'] for n in of]):.3f}",
     ]
-
-
-def r_90(found: Sequence[dict[str, Any]], component: str, place: int) -> list[float]:
-    """Of every weight of a component at one checkpoint, as a share of its singular values."""
-    shown = [one["checkpoints"][str(one["steps"][place])]["weights"] for one in found]
-    return [one[name]["weight"]["r_90"] for one in shown for name in one if name.endswith(component)]
 
 
 def drawn(found: dict[str, Any]) -> list[str]:

@@ -42,16 +42,12 @@ def render(rows: Sequence[Row]) -> Page:
 
 
 def _line(component: str, seen: Sequence[Weight], found: Sequence[dict[str, Any]]) -> list[str]:
-    def over(place: int, number) -> float:
-        shown = [one["checkpoints"][str(one["steps"][place])]["weights"] for one in found]
-        return mean([number(values) for one in shown for name, values in one.items() if name.endswith(component)])
-
     return [
         component,
         f"{mean([w.numbers['cosine'] for w in seen if w.component == component]):.3f}",
-        f"{over(-1, lambda values: values['floor']['cosine']):.3f}",
-        f"{over(0, lambda values: values['gradient']['r_90']):.3f}",
-        f"{over(-1, lambda values: values['gradient']['r_90']):.3f}",
+        f"{mean(emerged.shown(found, component, -1, 'floor', 'cosine')):.3f}",
+        f"{mean(emerged.shown(found, component, 0, 'gradient')):.3f}",
+        f"{mean(emerged.shown(found, component, -1, 'gradient')):.3f}",
     ]
 
 

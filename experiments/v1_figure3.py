@@ -48,11 +48,6 @@ def _head(found: Sequence[dict[str, Any]], kind: str, place: int) -> str:
     return f"{mean([block[kind]['r_90'] for one in shown for block in one.values()]):.3f}"
 
 
-def _of(found: Sequence[dict[str, Any]], component: str, place: int, key: str) -> list[float]:
-    shown = [one["checkpoints"][str(one["steps"][place])]["weights"] for one in found]
-    return [one[name]["weight"][key] for one in shown for name in one if name.endswith(component)]
-
-
 def _shuffled(found: Sequence[dict[str, Any]], component: str) -> list[float]:
     shown = [one["checkpoints"][str(one["steps"][-1])]["shuffled"] for one in found]
     return [one[name]["r_90"] for one in shown for name in one if name.endswith(component)]
@@ -61,12 +56,12 @@ def _shuffled(found: Sequence[dict[str, Any]], component: str) -> list[float]:
 def _line(component: str, found: Sequence[dict[str, Any]]) -> list[str]:
     return [
         component,
-        f"{mean(_of(found, component, 0, 'r_90')):.3f}",
-        f"{mean(_of(found, component, -1, 'r_90')):.3f}",
+        f"{mean(emerged.shown(found, component, 0)):.3f}",
+        f"{mean(emerged.shown(found, component, -1)):.3f}",
         f"{mean(_shuffled(found, component)):.3f}",
-        f"{mean(_of(found, component, 0, 'stable_rank')):.1f}",
-        f"{mean(_of(found, component, -1, 'stable_rank')):.1f}",
-        f"{mean(_of(found, component, -1, 'above_edge')):.1f}",
+        f"{mean(emerged.shown(found, component, 0, key='stable_rank')):.1f}",
+        f"{mean(emerged.shown(found, component, -1, key='stable_rank')):.1f}",
+        f"{mean(emerged.shown(found, component, -1, key='above_edge')):.1f}",
     ]
 
 
@@ -100,7 +95,7 @@ def below_control(found: Sequence[dict[str, Any]], component: str) -> bool | Non
     """Whether a sign test decides for or against it; None where it decides nothing."""
     if not found:
         return None
-    pairs = zip(_of(found, component, -1, "r_90"), _shuffled(found, component), strict=True)
+    pairs = zip(emerged.shown(found, component, -1), _shuffled(found, component), strict=True)
     signs = [ours < control for ours, control in pairs if ours != control]
     if above_chance(sum(signs), len(signs), 0.5) < 0.01:
         return True
