@@ -56,7 +56,13 @@ def live(config: Config) -> None:
 
 
 def losses(folder: Path) -> list[tuple]:
-    return [(line["step"], line["train/loss"]) for line in read_history(folder) if "train/loss" in line]
+    """Of training and of validation, each with its step."""
+    return [
+        (line["step"], key, line[key])
+        for line in read_history(folder)
+        for key in ("train/loss", "validation/perplexity")
+        if key in line
+    ]
 
 
 def cached(outputs: Path) -> dict[str, object]:

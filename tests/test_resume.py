@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from welore.config import compose, to_config
 from welore.errors import Interrupted
+from welore.history import History
 from welore.module import Tuner
 from welore.records import Record, read_history
 from welore.runner import run
@@ -98,6 +99,32 @@ def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch,
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("cut", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
+def lines(folder: Path) -> list[dict]:
+    """The whole history, but for what depends on the machine."""
+    told = ("step", "train/loss", "train/lr", "train/tokens", "validation/perplexity")
+    return [{key: line[key] for key in told if key in line} for line in read_history(folder)]
+
+
+@pytest.mark.parametrize("last", ["train/loss", "validation/perplexity"])
+def test_a_run_that_ends_before_its_step_is_logged_has_the_whole_history_in_the_end(tmp_path, monkeypatch, last):
+    """Validation and a checkpoint are due after the same step, and the end comes before one of the two lines."""
+    overrides = ["trainer.checkpoint_every=4"]
+    run(config_of(tmp_path, *overrides), tmp_path / "whole")
+    log = History.log_metrics
+
+    def end(history, metrics, step=None):
+        if step == 7 and last in metrics:
+            raise MemoryError
+        log(history, metrics, step)
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(History, "log_metrics", end)
+        run(config_of(tmp_path, *overrides), tmp_path / "cut")
+    run(config_of(tmp_path, *overrides), tmp_path / "cut")
+    assert any(last in line for line in lines(tmp_path / "whole"))
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -64,7 +64,8 @@ def fit(
         warnings.simplefilter("ignore")  # hints about workers, srun and services that do not concern this run
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         training = batches.training
-        own = [_checkpoints(last, trainer.checkpoint_every), Stop(last), *_bar(bars)]
+        files = Whole()
+        own = [_checkpoints(last, trainer.checkpoint_every), Logged(files), Stop(last), *_bar(bars)]
         runner = LightningTrainer(
             accelerator="gpu" if trainer.place().type == "cuda" else "cpu",
             **trainer.spread(),
@@ -77,7 +78,7 @@ def fit(
             log_every_n_steps=1,
             logger=loggers,
             callbacks=[throughput, *watching, *own],
-            plugins=[Whole(), *_slurm_plugins()],
+            plugins=[files, *_slurm_plugins()],
             enable_progress_bar=bars,
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -85,6 +86,7 @@ def fit(
         with recomputed(tuner.model, trainer.recompute):
             runner.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         runner.save_checkpoint(last)  # what comes after training may fail, and must not cost it
+        files.write()
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, REQUEUE)  # the last one wins: Slurm sends SIGTERM after it
@@ -141,7 +143,6 @@ class Stop(Callback):
         return number > 0
 
     def on_train_batch_start(self, trainer, module, batch, index) -> None:
-        # Only here has the step before been logged.
         if self.saved:
             stopped = f"stopped by a signal after step {trainer.global_step} of {module.steps}"
             announce(stopped)
@@ -161,16 +162,38 @@ class Stop(Callback):
 
 
 class Whole(TorchCheckpointIO):
-    """Checkpoints that appear whole or not at all: a kill or a full disk leaves the one before.
+    """Checkpoints that appear on `write`, whole or not at all: a kill or a full disk leaves the one before.
 
     Lightning moves a file there from the folder for temporary ones, which copies it where that is another disk.
     """
 
+    def __init__(self) -> None:
+        self.held: tuple[Path, io.BytesIO] | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        with whole(Path(path)) as part:
-            part.write_bytes(content.getbuffer())
+        self.held = Path(path), content
+
+    def write(self) -> None:
+        if self.held:
+            path, content = self.held
+            with whole(path) as part:
+                part.write_bytes(content.getbuffer())
+            self.held = None
+
+
+class Logged(Callback):
+    """Writes the checkpoint of a step once that step, and the validation after it, are in the history.
+
+    Lightning makes it before both, and a run that ended in between would go on without these lines.
+    """
+
+    def __init__(self, files: Whole):
+        self.files = files
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        self.files.write()
 
 
 def _checkpoints(last: Path, every: int) -> ModelCheckpoint:
