@@ -125,12 +125,12 @@ def test_a_signalled_job_requeues_itself_and_ends_as_one_that_was_never_stopped(
     assert len(lives) == 2 and {name.rpartition("-")[2] for name in lives} == {ours.fingerprint}
 
 
-def test_two_processes_train_one_cell_as_one_does_and_write_it_once(cli, slurm, tmp_path):
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_train_one_cell_as_one_does_and_write_it_once(cli, slurm, tmp_path, trainer):
     alone = cli(*TRAINING, f"outputs={tmp_path / 'alone'}")
     assert alone.returncode == 0, alone.stderr
-    done = cli(
-        *LAUNCHER, "hydra.launcher.tasks_per_node=2", *TRAINING, "trainer=ddp", multirun=True, timeout=500, **slurm
-    )
+    both = [*LAUNCHER, "hydra.launcher.tasks_per_node=2", *TRAINING, f"trainer={trainer}"]
+    done = cli(*both, multirun=True, timeout=500, **slurm)
     logs = "".join(path.read_text() for path in (tmp_path / "outputs" / "slurm").rglob("*_log.err"))
     assert done.returncode == 0, done.stderr + logs
     (ours,), (theirs,) = records(tmp_path / "outputs"), records(tmp_path / "alone")
@@ -151,4 +151,4 @@ def test_processes_that_a_trainer_does_not_use_are_refused(cli, slurm, tmp_path)
     assert "Write trainer=ddp" in several.stderr
     one = cli(*TRAINING, "trainer=ddp")
     assert one.returncode == 2
-    assert "srun --ntasks=2" in one.stderr
+    assert "srun --nodes=1 --ntasks-per-node=2" in one.stderr

@@ -119,6 +119,7 @@ SCHEMAS = {
     "probe/emergence": probe.Emergence,
     "trainer/alone": trainer.Trainer,
     "trainer/ddp": trainer.Ddp,
+    "trainer/fsdp": trainer.Fsdp,
     "logger/none": loggers.Logger,
     "logger/wandb": loggers.Wandb,
 }
@@ -167,6 +168,8 @@ class Config:
                 f"mode={self.mode.name} trains other parameters from step to step, and trainer={self.trainer.name} "
                 f"agrees with its processes once on what trains. Write trainer=gpu, or another mode."
             )
+        if self.mode.trains and self.trainer.shards:
+            self._check_shards()
         if self.mode.trains and not self.task.teaches:
             raise Refused(
                 f"task={self.task.name} has nothing to train on, and mode={self.mode.name} trains. Write mode=none. "
@@ -196,6 +199,20 @@ class Config:
                 f"calibration.rounds={self.calibration.rounds}, and svd={self.svd.name} with ranks={self.ranks.name} "
                 f"needs no statistics. Write calibration.rounds=1, or an option that needs some, such as svd=kfac."
             )
+
+    def _check_shards(self) -> None:
+        """Refuse what needs a weight, or its gradient, whole while it trains."""
+        needs_whole = {
+            f"mode={self.mode.name}": not self.mode.elementwise,
+            f"prune={self.prune.name}": self.prune.prunes,
+            f"task/training={self.task.training.name}": isinstance(self.task.training, pretraining.Pretraining),
+        }
+        for what, whole in needs_whole.items():
+            if whole:
+                raise Refused(
+                    f"{what} needs weights whole while they train, and trainer={self.trainer.name} cuts them into "
+                    f"shards. Write trainer=ddp."
+                )
 
     def _check_watched(self) -> None:
         """Refuse to train for hours what the probe could not look at afterwards."""

@@ -3,11 +3,13 @@
 import os
 import shutil
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from transformers import PreTrainedModel
 
 from welore import processes
 from welore.errors import Refused
@@ -22,6 +24,7 @@ class Trainer:
     whether every decoder layer is run again for its gradient, which takes less memory and more time (`recompute`)."""
 
     together: ClassVar[bool] = False  # several processes for one cell
+    shards: ClassVar[bool] = False  # each of which holds a part of every weight
     name: str
     device: str
     checkpoint_every: int
@@ -42,6 +45,10 @@ class Trainer:
                 f"one. Write trainer=ddp, or start one task."
             )
         return {"devices": 1}
+
+    def share(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
+        """The model as this process trains it: here itself."""
+        return nullcontext(model)
 
     def place(self) -> torch.device:
         """The device; under Slurm also as many threads as the job has CPUs, for torch sees those of the machine."""
@@ -68,10 +75,28 @@ class Ddp(Trainer):
         if processes.count() == 1:
             raise Refused(
                 f"trainer={self.name} trains in the processes that Slurm starts, and there is one. Write "
-                f"hydra/launcher=slurm hydra.launcher.tasks_per_node=2, or srun --ntasks=2 python run.py ..."
+                f"hydra/launcher=slurm hydra.launcher.tasks_per_node=2, or "
+                f"srun --nodes=1 --ntasks-per-node=2 python run.py ..."
             )
         nodes = int(os.environ["SLURM_NNODES"])
         return {"devices": processes.count() // nodes, "num_nodes": nodes, "strategy": "ddp"}
+
+
+@dataclass
+class Fsdp(Ddp):
+    """As `Ddp`, but every process holds its share of every weight, of the gradient and of the optimizer's state."""
+
+    shards: ClassVar[bool] = True
+
+    def spread(self) -> dict[str, Any]:
+        from welore.sharded import Sharded  # Lightning takes seconds to import
+
+        return super().spread() | {"strategy": Sharded()}
+
+    def share(self, model: PreTrainedModel) -> AbstractContextManager[PreTrainedModel]:
+        from welore.sharded import sharded
+
+        return sharded(model)
 
 
 def discard_checkpoints(folder: Path) -> None:

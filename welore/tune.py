@@ -40,7 +40,6 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     norms = {id(p) for p in norm_parameters(model)}
     trained = sum(p.numel() for p in (*parameters, *besides))
     announce(f"train {trained:,} of {count_parameters(model):,} parameters for {batches.steps} steps")
-    tuner = Tuner(model, config.mode, parameters, training, batches.steps, zeros, besides)
     throughput = Throughput(training.accumulate)
     after = training.snapshots(batches.steps)
     snapshots = [Snapshots(model, tokenizer, config.mode, after, folder)] if after else []
@@ -48,8 +47,12 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     device = next(model.parameters()).device
     give_back(device)  # of what compression freed
     started = time.perf_counter()
-    with peak_memory(device) as peak, frozen_weights_in(model, config.model.autocast):
-        fit(config.trainer, tuner, batches, validation, folder, config.model.autocast, loggers, throughput, watching)
+    with peak_memory(device) as peak, config.trainer.share(model) as own:
+        theirs = parameters if own is model else config.mode.trainables(own)
+        tuner = Tuner(own, config.mode, theirs, training, batches.steps, zeros, besides)
+        autocast = config.model.autocast
+        with frozen_weights_in(own, None if config.trainer.shards else autocast):  # a weight that is cast is whole
+            fit(config.trainer, tuner, batches, validation, folder, autocast, loggers, throughput, watching)
         memory = peak.metrics(metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
     gradients = trained * torch.float32.itemsize
     state = (gradients + state_bytes(tuner.optimizers(use_pl_optimizer=False))) / GIB

@@ -1,0 +1,144 @@
+"""Two processes that each hold a shard of every weight train as one process does, and go on as one would."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from welore.config import compose, to_config
+from welore.errors import Interrupted, Refused
+from welore.records import Record, read_history
+from welore.runner import run
+
+CELL = [
+    "model=tiny",
+    "err=0.5",
+    "logger=none",
+    "save=true",
+    "trainer.progress=false",
+    "task/protocol=smoke",
+    "task/training=smoke",
+    "task.training.batch=4",
+    "task.training.steps=12",
+    "task.training.accumulate=2",
+    "task.training.validate_every=4",
+]
+MODES = {
+    "welore": ["mode=welore"],
+    "without norms, clipped": ["mode=full", "mode.norms=false", "task.training.clip=0.1"],
+    "bfloat16 weights with float32 masters": ["mode=full", "model.dtype=bfloat16"],
+    "bfloat16 products, layers run again": ["mode=nlrc", "model.autocast=bfloat16", "trainer.recompute=true"],
+    "one side of the division": ["mode=random"],
+    "lora on factors": ["mode=lora"],
+    "lora plus on products": ["mode=lora_plus", "mode.lora_on=merged"],
+    "dora": ["mode=dora"],
+    "pissa": ["mode=pissa"],
+}
+STOPPED = 143
+
+
+def config_of(outputs: Path, *overrides: str):
+    return to_config(compose([*CELL, f"outputs={outputs}", *overrides]))
+
+
+def live(outputs: Path, overrides: list[str], index: int, port: int) -> None:
+    """One of two processes, as srun starts them."""
+    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "cell", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    own = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "TQDM_DISABLE": "1"}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(job | step | own | meet)
+    torch.set_num_threads(1)
+    sys.stderr = (outputs / f"log{index}").open("a")
+    try:
+        run(config_of(outputs, "trainer=fsdp", *overrides), outputs / "run")
+    except Interrupted:
+        sys.exit(STOPPED)
+
+
+def start(outputs: Path, *overrides: str) -> list:
+    """Two processes, forked from one that has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_sharded", "welore.fit", "welore.sharded"])
+    outputs.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = [context.Process(target=live, args=(outputs, overrides, index, port)) for index in range(2)]
+    for process in both:
+        process.start()
+    return both
+
+
+def ended(processes: list) -> list[int | None]:
+    for process in processes:
+        process.join(200)
+    return [process.exitcode for process in processes]
+
+
+def losses(outputs: Path) -> list[float]:
+    return [line["train/loss"] for line in read_history(outputs / "run") if "train/loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", MODES.values(), ids=MODES)
+def test_two_processes_with_a_shard_each_train_as_one(tmp_path, overrides):
+    two, alone = tmp_path / "two", tmp_path / "alone"
+    expected = run(config_of(alone, *overrides), alone / "run")
+    assert ended(start(two, *overrides)) == [0, 0], (two / "log0").read_text()
+    found = Record.read(two / "run")
+    close = 2e-3 if any("bfloat16" in override for override in overrides) else 1e-5
+    assert len(losses(two)) == 12
+    assert losses(two) == pytest.approx(losses(alone), rel=close)
+    assert found.fingerprint == expected.fingerprint
+    assert found.metrics["tuned/perplexity"] == pytest.approx(expected.metrics["tuned/perplexity"], rel=close)
+    for key in ("fit/tokens", "fit/trainable_parameters", "fit/state_gib", "tuned/parameters"):
+        assert found.metrics[key] == expected.metrics[key]
+    ours, theirs = (load_file(outputs / "run" / "model" / "model.safetensors") for outputs in (two, alone))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        # Adam's step is +-lr whatever the gradient: where one is next to 0, the order of sums decides its sign.
+        assert (weight.float() - theirs[name].float()).abs().mean() < 1e-3 * theirs[name].float().abs().mean()
+    assert not (two / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_stop_at_a_signal_to_one_and_go_on_to_the_same_losses(tmp_path, dtype):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    overrides = ["mode=welore", f"model.dtype={dtype}", "task.training.steps=100"]
+    assert ended(start(whole, *overrides)) == [0, 0], (whole / "log0").read_text()
+    both = start(cut, *overrides)
+    while len(losses(cut)) < 20:
+        assert both[0].is_alive()
+        time.sleep(0.01)
+    os.kill(both[1].pid, signal.SIGTERM)
+    assert ended(both) == [STOPPED, STOPPED], (cut / "log0").read_text()
+    assert 20 <= len(losses(cut)) < 100
+    assert ended(start(cut, *overrides)) == [0, 0], (cut / "log0").read_text()
+    assert "go on after step" in (cut / "log1").read_text()
+    assert losses(cut) == losses(whole)
+    ours, theirs = (Record.read(outputs / "run").metrics["tuned/perplexity"] for outputs in (cut, whole))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "override", ["mode=galore", "mode=muon", "mode=apollo", "mode=fira", "mode=osf", "mode=welore_8bit", "mode=lisa"]
+)
+def test_a_mode_that_sees_weights_whole_is_refused(override):
+    with pytest.raises(Refused, match="trainer=ddp|trainer=gpu"):
+        to_config(compose(["model=tiny", "err=0.5", "trainer=fsdp", override]))
+
+
+def test_masks_and_pretraining_are_refused():
+    with pytest.raises(Refused, match="prune=magnitude needs weights whole"):
+        to_config(compose(["model=tiny", "err=0.5", "trainer=fsdp", "mode=welore", "prune=magnitude"]))
+    with pytest.raises(Refused, match="task/training=pretrain_laptop needs weights whole"):
+        to_config(compose(["model=tiny", "err=0", "trainer=fsdp", "mode=full", "task/training=pretrain_laptop"]))
