@@ -107,6 +107,7 @@ def lines(folder: Path) -> list[dict]:
     return [{key: line[key] for key in told if key in line} for line in read_history(folder)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", ["train/loss", "validation/perplexity"])
 def test_a_run_that_ends_before_its_step_is_logged_has_the_whole_history_in_the_end(tmp_path, monkeypatch, last):
     """Validation and a checkpoint are due after the same step, and the end comes before one of the two lines."""
