@@ -14,7 +14,7 @@ from experiments.asked import higher, surely_higher
 from experiments.cells import Cell, Row
 from experiments.compare import measured
 from experiments.page import Claim, Page
-from experiments.scales import MODELS, calibrated_on, questions
+from experiments.scales import MODELS, calibrated_on, factors, questions
 from experiments.tuned import bounded, lower, training_picture
 from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
 from welore import metrics
@@ -37,7 +37,7 @@ def render(rows: Sequence[Row]) -> Page:
     head = ["mode", "err", "keep", "parameters", "training tokens/s", "peak GiB", *asked.COLUMNS]
     body = [[mode, *asked.budget(study), *_cost(study), *asked.values(study)] for mode, study in found.items()]
     costs = "tokens/s and peak GiB are those of one seed; claims on them compare runs on one device"
-    page = Page(head, body, [costs, *asked.NOTES, *measured(rows)], claims(found))
+    page = Page(head, body, [*factors(rows), costs, *asked.NOTES, *measured(rows)], claims(found))
     picture = training_picture(found, f"{rows[0].cell['model']}, {rows[0].cell['task']}, err {ERR:g}")
     page.figures = {} if picture is None else {"": picture}
     return page

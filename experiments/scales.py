@@ -2,11 +2,12 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from experiments.cells import Cell
+from experiments.cells import Cell, Row
 from welore.errors import Refused
 
 MODELS = {"laptop": ["smollm2_135m"], "paper": ["llama2_7b", "llama2_13b", "mistral_7b"]}
@@ -40,6 +41,12 @@ def calibrated_on(scale: str, text: str) -> Cell:
         return {"calibration": "sotu"}
     split = "validation" if text == "wikitext2" else "calibration"
     return {"calibration": text, "calibration.path": str(local(text)), "calibration.split": split}
+
+
+def factors(rows: Sequence[Row]) -> list[str]:
+    """A note on cells whose factors are not those of the paper."""
+    other = [row.cell["svd"] for row in rows if row.cell.get("svd", "plain") != "plain"]
+    return [f"factors: {name}, at WeLore's ranks; the paper's are plain" for name in dict.fromkeys(other)]
 
 
 def texts(scale: str) -> list[str]:

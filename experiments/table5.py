@@ -14,7 +14,7 @@ from itertools import product
 from experiments import tuned, tuning
 from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
-from experiments.scales import MODELS, calibrated_on, setting
+from experiments.scales import MODELS, calibrated_on, factors, setting
 from experiments.tuned import Numbers, bounded, lower, rising, sure
 from experiments.tuning import SURELY, Study, studies, then  # noqa: F401, the cells that follow
 from welore import metrics
@@ -61,7 +61,7 @@ def cells(scale: str) -> list[Cell]:
 def render(rows: Sequence[Row]) -> Page:
     found = studies(rows)
     head = ["model", "err asked", "mode", "paper, parameters", "paper, tuned", "paper, MB"]
-    notes = ["beside a model that the paper does not have stand its numbers for LLaMa-2 7B"]
+    notes = ["beside a model that the paper does not have stand its numbers for LLaMa-2 7B", *factors(rows)]
     return tuned.page(head, [(_labels(study), study) for study in found], rows, claims(found), notes)
 
 
@@ -77,19 +77,16 @@ def claims(found: Sequence[Study]) -> list[Claim]:
     seeded = {(f"{s.cell['model']} {s.cell['err']:g}", s.cell["mode"]): s for s in found}
     ours = {place: study.perplexity for place, study in seeded.items()}
     memory = tuned.costs(seeded, metrics.FIT_PEAK_GIB)
-    theirs = list(PERPLEXITY)
     models = list(dict.fromkeys(study.cell["model"] for study in found))
     errs = list(dict.fromkeys(study.cell["err"] for study in found))
 
+    by_model = [[f"{model} {err:g}" for err in errs] for model in models]
+    theirs_by_model = [[f"{model} {err:g}" for err in ERRS["paper"]] for model in PERPLEXITY]
+    places, their_places = sum(by_model, []), sum(theirs_by_model, [])
+
     def claim(text: str, mode: str) -> Claim:
-        paper = lower(printed(PERPLEXITY), sum(printed_places, []), "welore", mode)
+        paper = lower(printed(PERPLEXITY), their_places, "welore", mode)
         return Claim(text, paper, lower(ours, places, "welore", mode))
-
-    def lines(names: Sequence[str], errs: Sequence[float]) -> list[list[str]]:
-        return [[f"{name} {err:g}" for err in errs] for name in names]
-
-    printed_places, own_places = lines(theirs, ERRS["paper"]), lines(models, errs)
-    places = sum(own_places, [])
 
     return [
         claim("WeLore is better than LoRA at every err (Table 5)", "lora"),
@@ -98,12 +95,12 @@ def claims(found: Sequence[Study]) -> list[Claim]:
         *sure(f"the same, below galore {SURELY}", seeded, places, "welore", "galore"),
         Claim(
             "the benefit over LoRA grows with err (first version, 5.2.2)",
-            rising(printed(PERPLEXITY), printed_places, "lora", "welore"),
-            rising(ours, own_places, "lora", "welore"),
+            rising(printed(PERPLEXITY), theirs_by_model, "lora", "welore"),
+            rising(ours, by_model, "lora", "welore"),
         ),
         Claim(
             "memory is close to LoRA's, at most 1.2 of it (Section 4.2, 3)",
-            bounded(printed(MEGABYTES), sum(printed_places, []), "welore", "lora", 0.0, 1.2),
+            bounded(printed(MEGABYTES), their_places, "welore", "lora", 0.0, 1.2),
             bounded(memory, places, "welore", "lora", 0.0, 1.2),
         ),
     ]

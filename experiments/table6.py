@@ -15,7 +15,7 @@ from experiments.asked import accuracy, higher, surely_higher
 from experiments.cells import Cell, Row
 from experiments.compare import measured
 from experiments.page import Claim, Outcomes, Page
-from experiments.scales import MODELS, calibrated_on, questions
+from experiments.scales import MODELS, calibrated_on, factors, questions
 from experiments.tuning import Study, studies, then  # noqa: F401, the cells that follow
 from welore.counts import is_possible
 
@@ -60,7 +60,7 @@ def render(rows: Sequence[Row]) -> Page:
     found = studies(rows)
     head = ["model", "task", "err asked", "mode", "paper, %", "err", "keep", "parameters", *asked.COLUMNS]
     body = [[*_labels(study), *asked.budget(study), *asked.values(study)] for study in found]
-    return Page(head, body, [*asked.NOTES, *impossible(), *measured(rows)], claims(found))
+    return Page(head, body, [*factors(rows), *asked.NOTES, *impossible(), *measured(rows)], claims(found))
 
 
 def _labels(study: Study) -> list[str]:

@@ -67,9 +67,15 @@ def _cost(row: Row) -> list[str]:
 
 
 def _device(row: Row) -> str:
-    """Where it ran, and whether layers were run again for their gradients: speed and memory depend on both."""
+    """Where it ran, in how many processes if not one, and whether layers were run again for their gradients: speed and
+    memory depend on all three."""
     environment = row.record.environment
-    return f"{environment['device']}{', recompute' if environment.get('recompute') else ''}"
+    parts = [
+        environment["device"],
+        environment.get("processes"),
+        "recompute" if environment.get("recompute") else None,
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def page(

@@ -2,7 +2,7 @@
 
     python scripts/publish.py who_learns table5               from outputs/
     python -m experiments who_learns outputs=benchmarks       the table, rendered from what was published
-    cp -r benchmarks/. outputs/                               go on from there: what is published is not run again
+    cp -rn benchmarks/. outputs/                              go on from there: what is published is not run again
 
 Each run keeps its record and the files that its artefact draws, and no weights. Paths are made those of any machine:
 the folder of local data is written as $WELORE_DATA.
@@ -31,51 +31,55 @@ def main(arguments: Sequence[str]) -> int:
             raise Refused(__doc__.strip())
         outputs = Path(default_outputs())
         runs = Runs.of(records(outputs))
-        for name in arguments:
-            artefact = load(name)
-            rows = gather(artefact, "laptop", runs)
-            missing = sum(row.missing for row in rows)
-            if missing:
-                raise Refused(
-                    f"{name} lacks {missing} of {len(rows)} runs. First: python -m experiments {name} logger=none"
-                )
+        found = {name: (load(name).NEEDS, whole(name, runs)) for name in arguments}
+        published = {row.folder: told(row, outputs) for _, rows in found.values() for row in rows}
+        for name, (needs, rows) in found.items():
             for row in rows:
-                publish(row, artefact.NEEDS, outputs, TARGET)
+                write(published[row.folder], row.folder, TARGET / row.folder.relative_to(outputs), needs)
             print(f"{name}: {len(rows)} runs")
     except Exception as error:
         return explain(error)
     return 0
 
 
-def publish(row: Row, needs: Sequence[str], outputs: Path, target: Path) -> None:
-    """One run: its record without the paths of this machine, and what is drawn of it."""
+def whole(name: str, runs: Runs) -> list[Row]:
+    """The runs of an artefact at laptop scale."""
+    rows = gather(load(name), "laptop", runs)
+    if missing := sum(row.missing for row in rows):
+        raise Refused(f"{name} lacks {missing} of {len(rows)} runs. First: python -m experiments {name} logger=none")
+    return rows
+
+
+def told(row: Row, outputs: Path) -> Record:
+    """The record of a run without the paths of this machine."""
     record = Record.read(row.folder)
-    record.config = portable(record.config, {str(outputs): "outputs", str(local("")): "$WELORE_DATA"})
+    record.config = portable(record.config, {outputs: "outputs", local(""): "$WELORE_DATA"})
     record.error = record.error and record.error.splitlines()[0]  # of a diverged run; below it are lines of code
-    folder = target / row.folder.relative_to(outputs)
-    folder.mkdir(parents=True, exist_ok=True)
-    record.save(folder)
-    for file in needs:
-        shutil.copy(row.folder / file, folder / file)
+    return record
 
 
-def portable(value: Any, names: dict[str, str]) -> Any:
-    """The same, with each folder that has a name called by it. Raises Refused where it holds another path."""
+def portable(value: Any, names: dict[Path, str]) -> Any:
+    """The same, with `$WELORE_DATA/c4` for a path in the folder of that name. Raises Refused for any other path."""
     if isinstance(value, dict):
         return {key: portable(item, names) for key, item in value.items()}
     if isinstance(value, list):
         return [portable(item, names) for item in value]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value.startswith(("/", "~", "../")):
         return value
     for folder, name in names.items():
-        path = Path(value)
-        if path.is_relative_to(folder):
-            return str(Path(name) / path.relative_to(folder))
-    if value.startswith(("/", "~", "../")):
-        raise Refused(
-            f"{value} is a path of this machine, which nobody else has. Run with WELORE_DATA set to its folder."
-        )
-    return value
+        if Path(value).is_relative_to(folder):
+            return str(Path(name) / Path(value).relative_to(folder))
+    raise Refused(
+        f"{value} is a path of this machine, which nobody else has. Set WELORE_DATA to its folder, and run again."
+    )
+
+
+def write(record: Record, run: Path, folder: Path, needs: Sequence[str]) -> None:
+    """The record, and what is drawn of the run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    record.save(folder)
+    for file in needs:
+        shutil.copy(run / file, folder / file)
 
 
 if __name__ == "__main__":

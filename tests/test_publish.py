@@ -26,7 +26,7 @@ def ran(tmp_path, status="done", error=None, **config):
     outputs = tmp_path / "outputs"
     folder = outputs / "tiny" / "cut" / "welore" / "c4-0123"
     folder.mkdir(parents=True)
-    known = {"outputs": str(outputs), "task": {"splits": [1, None], **config}}
+    known = {"outputs": str(outputs), "model": "a/name", "task": {"splits": [1, None], **config}}
     Record("0123", status, known, {"tuned/perplexity": 7.5}, started="2026", error=error).save(folder)
     (folder / "history.jsonl").write_text(json.dumps({"step": 0, "train/loss": 2.0}) + "\n")
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -34,13 +34,22 @@ def ran(tmp_path, status="done", error=None, **config):
     return row, outputs
 
 
+def published(row, outputs, needs):
+    folder = outputs.parent / "benchmarks" / row.folder.relative_to(outputs)
+    publish.write(publish.told(row, outputs), row.folder, folder, needs)
+
+
 def test_a_run_is_read_elsewhere_and_found_by_its_fingerprint(tmp_path, data):
     row, outputs = ran(tmp_path, path=str(data / "c4"))
-    publish.publish(row, ["history.jsonl"], outputs, tmp_path / "benchmarks")
+    published(row, outputs, ["history.jsonl"])
     ((folder, record),) = records(tmp_path / "benchmarks")
     assert sorted(path.name for path in folder.iterdir()) == ["history.jsonl", "record.json"]
     assert folder.relative_to(tmp_path / "benchmarks") == row.folder.relative_to(outputs)
-    assert record.config == {"outputs": "outputs", "task": {"splits": [1, None], "path": "$WELORE_DATA/c4"}}
+    assert record.config == {
+        "outputs": "outputs",
+        "model": "a/name",
+        "task": {"splits": [1, None], "path": "$WELORE_DATA/c4"},
+    }
     assert record.metrics == {"tuned/perplexity": 7.5}
     assert str(tmp_path) not in (folder / "record.json").read_text()
     (found,) = Runs.of(records(tmp_path / "benchmarks"), lambda cell: "0123").find(
@@ -51,7 +60,7 @@ def test_a_run_is_read_elsewhere_and_found_by_its_fingerprint(tmp_path, data):
 
 def test_a_run_that_diverged_keeps_its_reason_without_lines_of_code(tmp_path, data):
     row, outputs = ran(tmp_path, "failed", f"FloatingPointError: the loss of step 3 is nan\n  File {tmp_path}/fit.py")
-    publish.publish(row, [], outputs, tmp_path / "benchmarks")
+    published(row, outputs, [])
     ((_, record),) = records(tmp_path / "benchmarks")
     assert (record.status, record.error) == ("failed", "FloatingPointError: the loss of step 3 is nan")
 
@@ -59,8 +68,7 @@ def test_a_run_that_diverged_keeps_its_reason_without_lines_of_code(tmp_path, da
 def test_a_path_that_nobody_else_has_is_refused(tmp_path, data):
     row, outputs = ran(tmp_path, path="/home/me/text")
     with pytest.raises(Refused, match="/home/me/text is a path of this machine"):
-        publish.publish(row, [], outputs, tmp_path / "benchmarks")
-    assert not (tmp_path / "benchmarks").exists()
+        publish.told(row, outputs)
 
 
 def test_an_artefact_that_is_not_whole_is_refused(tmp_path, data, monkeypatch, capsys):

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from welore import module
 from welore.config import compose, to_config
 from welore.errors import Interrupted, Refused
+from welore.evaluate import causal_loss
 from welore.records import Record, read_history
 from welore.runner import run
 
@@ -38,24 +40,29 @@ MODES = {
     "one side of the division": ["mode=random"],
     "lora on factors": ["mode=lora"],
     "lora plus on products": ["mode=lora_plus", "mode.lora_on=merged"],
+    "rslora with norms, in bfloat16": ["mode=rslora", "mode.norms=true", "model.dtype=bfloat16"],
     "dora": ["mode=dora"],
     "pissa": ["mode=pissa"],
+    "mica": ["mode=mica"],
 }
 STOPPED = 143
+ROOT = Path(__file__).parent.parent
 
 
 def config_of(outputs: Path, *overrides: str):
     return to_config(compose([*CELL, f"outputs={outputs}", *overrides]))
 
 
-def live(outputs: Path, overrides: list[str], index: int, port: int) -> None:
-    """One of two processes, as srun starts them."""
+def live(outputs: Path, overrides: list[str], index: int, port: int, poisoned: int | None) -> None:
+    """One of two processes, as srun starts them; the loss of the one that is poisoned is never finite."""
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "cell", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
     own = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "TQDM_DISABLE": "1"}
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(job | step | own | meet)
     torch.set_num_threads(1)
+    if index == poisoned:
+        module.causal_loss = lambda model: lambda ids, labels: (causal_loss(model)(ids, labels)[0] * torch.nan, 1)
     sys.stderr = (outputs / f"log{index}").open("a")
     try:
         run(config_of(outputs, "trainer=fsdp", *overrides), outputs / "run")
@@ -63,7 +70,7 @@ def live(outputs: Path, overrides: list[str], index: int, port: int) -> None:
         sys.exit(STOPPED)
 
 
-def start(outputs: Path, *overrides: str) -> list:
+def start(outputs: Path, *overrides: str, poisoned: int | None = None) -> list:
     """Two processes, forked from one that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_sharded", "welore.fit", "welore.sharded"])
@@ -71,16 +78,32 @@ def start(outputs: Path, *overrides: str) -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    both = [context.Process(target=live, args=(outputs, overrides, index, port)) for index in range(2)]
+    told = [(outputs, overrides, index, port, poisoned) for index in range(2)]
+    both = [context.Process(target=live, args=arguments, daemon=True) for arguments in told]
     for process in both:
         process.start()
     return both
 
 
 def ended(processes: list) -> list[int | None]:
+    """Their exit codes; -9 of one that had to be killed, since it waited for the other."""
     for process in processes:
         process.join(200)
+    for process in processes:
+        process.kill()
+        process.join()
     return [process.exitcode for process in processes]
+
+
+def stopped(outputs: Path, *overrides: str) -> None:
+    """Two processes that were stopped by a signal to one of them after 20 steps or more."""
+    both, deadline = start(outputs, *overrides), time.monotonic() + 200
+    while len(losses(outputs)) < 20:
+        assert both[0].is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(both[1].pid, signal.SIGTERM)
+    assert ended(both) == [STOPPED, STOPPED], (outputs / "log0").read_text()
+    assert 20 <= len(losses(outputs)) < 100
 
 
 def losses(outputs: Path) -> list[float]:
@@ -115,13 +138,7 @@ def test_both_stop_at_a_signal_to_one_and_go_on_to_the_same_losses(tmp_path, dty
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     overrides = ["mode=welore", f"model.dtype={dtype}", "task.training.steps=100"]
     assert ended(start(whole, *overrides)) == [0, 0], (whole / "log0").read_text()
-    both = start(cut, *overrides)
-    while len(losses(cut)) < 20:
-        assert both[0].is_alive()
-        time.sleep(0.01)
-    os.kill(both[1].pid, signal.SIGTERM)
-    assert ended(both) == [STOPPED, STOPPED], (cut / "log0").read_text()
-    assert 20 <= len(losses(cut)) < 100
+    stopped(cut, *overrides)
     assert ended(start(cut, *overrides)) == [0, 0], (cut / "log0").read_text()
     assert "go on after step" in (cut / "log1").read_text()
     assert losses(cut) == losses(whole)
@@ -129,12 +146,35 @@ def test_both_stop_at_a_signal_to_one_and_go_on_to_the_same_losses(tmp_path, dty
     assert ours == theirs
 
 
-@pytest.mark.parametrize(
-    "override", ["mode=galore", "mode=muon", "mode=apollo", "mode=fira", "mode=osf", "mode=welore_8bit", "mode=lisa"]
-)
-def test_a_mode_that_sees_weights_whole_is_refused(override):
-    with pytest.raises(Refused, match="trainer=ddp|trainer=gpu"):
-        to_config(compose(["model=tiny", "err=0.5", "trainer=fsdp", override]))
+@pytest.mark.slow
+def test_one_process_goes_on_from_the_checkpoint_of_two(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    overrides = ["mode=full", "model.dtype=bfloat16", "task.training.steps=100"]
+    expected = run(config_of(whole, *overrides), whole / "run")
+    stopped(cut, *overrides)
+    found = run(config_of(cut, *overrides), cut / "run")
+    assert losses(cut) == pytest.approx(losses(whole), rel=2e-3)
+    assert found.metrics["tuned/perplexity"] == pytest.approx(expected.metrics["tuned/perplexity"], rel=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_a_loss_that_is_not_finite_in_one_process_ends_both(tmp_path, poisoned):
+    assert ended(start(tmp_path, "mode=welore", poisoned=poisoned)) == [1, 1]
+    error = Record.read(tmp_path / "run").error
+    assert error.startswith("FloatingPointError: the loss of step 0 is not finite in at least one of 2 processes")
+
+
+def test_every_mode_is_either_trained_here_in_shards_or_refused():
+    trained = {option.removeprefix("mode=") for overrides in MODES.values() for option in overrides[:1]}
+    alike = {"chosen": "random"}  # one class
+    for path in sorted((ROOT / "conf" / "mode").glob("*.yaml")):
+        overrides = ["model=tiny", "err=0.5", "trainer=fsdp", f"mode={path.stem}"]
+        if path.stem in trained or alike.get(path.stem) in trained or path.stem == "none":
+            to_config(compose(overrides))
+        else:
+            with pytest.raises(Refused, match="trainer=ddp|trainer=gpu"):
+                to_config(compose(overrides))
 
 
 def test_masks_and_pretraining_are_refused():

@@ -305,6 +305,15 @@ def test_recover_counts_from_the_model_that_was_not_tuned(tmp_path):
     assert axis.lines[0].get_xydata().tolist() == [[0.0, 500.0], [30.0, 101.0], [300.0, 101.0]]
 
 
+def test_the_more_tokens_are_run_at_the_rate_that_the_fewer_have_chosen(tmp_path):
+    best = {"plain": 0.000125, "whitened": 0.0005, "kfac": 0.002}
+    rows = whole("recover", tmp_path, lambda cell: 100.0 + 50.0 * (cell["mode.lr"] != best[cell["svd"]]))
+    longer = [row.cell for row in rows if row.cell["task.training.tokens"] == 300_000]
+    assert [(cell["svd"], cell["mode.lr"]) for cell in longer if cell["seed"] == 0] == list(best.items())
+    assert len(longer) == 9 and all(cell["mode.lr"] == best[cell["svd"]] for cell in longer)
+    assert len(recover.then("paper", [row for row in rows if row.cell["task.training.tokens"] == 30_000][:9])) == 3
+
+
 @pytest.mark.parametrize(("artefact", "labels"), [(figure4, ["LRC", "N-LRC"]), (figure5, ["WeLore", "full"])])
 def test_the_pictures_draw_the_runs_at_the_chosen_rates(artefact, labels, tmp_path):
     rows = whole(artefact.__name__.rpartition(".")[2], tmp_path, best_at_default)

@@ -59,10 +59,6 @@ class Adapter(Lora):
             raise Refused(f"mode.lr_ratio={self.lr_ratio} is of B, which mode.init=mica freezes. Write 1.")
 
     @property
-    def elementwise(self) -> bool:
-        return True
-
-    @property
     def refactors(self) -> bool:
         return self.init == "pissa" and self.lora_on == "merged"
 
@@ -203,10 +199,6 @@ class Osf(Inserted):
     frozen: float
 
     PARTS = (".osf_svd_params.",)
-
-    @property
-    def elementwise(self) -> bool:
-        return False  # peft keeps the gradient of a whole weight orthogonal to what is frozen
 
     def __post_init__(self):
         super().__post_init__()

@@ -49,6 +49,8 @@ CONF = Path(__file__).parent.parent / "conf"
 BUDGETS = ("err", "keep", "bytes", "flops")
 # Nothing in these may change a result, so they are no part of the fingerprint.
 INFRASTRUCTURE = ("trainer", "logger", "probe", "group", "force", "save", "outputs")
+# Modes that step every number of a weight by itself, so that each process can step its own.
+ELEMENTWISE = (modes.Lrc, modes.NLrc, modes.Full, chosen.Chosen, modes.Lora, adapters.Adapter)
 
 SCHEMAS = {
     "model/pretrained": models.Pretrained,
@@ -203,7 +205,7 @@ class Config:
     def _check_shards(self) -> None:
         """Refuse what needs a weight, or its gradient, whole while it trains."""
         needs_whole = {
-            f"mode={self.mode.name}": not self.mode.elementwise,
+            f"mode={self.mode.name}": type(self.mode) not in ELEMENTWISE,
             f"prune={self.prune.name}": self.prune.prunes,
             f"task/training={self.task.training.name}": isinstance(self.task.training, pretraining.Pretraining),
         }

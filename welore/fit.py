@@ -1,4 +1,4 @@
-"""Lightning's Trainer on one device: fit, checkpoint, resume."""
+"""Lightning's Trainer: fit, checkpoint, resume."""
 
 import io
 import logging
@@ -64,8 +64,8 @@ def fit(
         warnings.simplefilter("ignore")  # hints about workers, srun and services that do not concern this run
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         training = batches.training
-        files = Whole()
-        own = [_checkpoints(last, trainer.checkpoint_every), Logged(files), Stop(last), *_bar(bars)]
+        checkpoints = Whole()
+        own = [_checkpoints(last, trainer.checkpoint_every), Stop(last, checkpoints), *_bar(bars)]
         runner = LightningTrainer(
             accelerator="gpu" if trainer.place().type == "cuda" else "cpu",
             **trainer.spread(),
@@ -78,7 +78,7 @@ def fit(
             log_every_n_steps=1,
             logger=loggers,
             callbacks=[throughput, *watching, *own],
-            plugins=[files, *_slurm_plugins()],
+            plugins=[checkpoints, *_slurm_plugins()],
             enable_progress_bar=bars,
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -86,7 +86,7 @@ def fit(
         with recomputed(tuner.model, trainer.recompute):
             runner.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
         runner.save_checkpoint(last)  # what comes after training may fail, and must not cost it
-        files.write()
+        checkpoints.write()
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, REQUEUE)  # the last one wins: Slurm sends SIGTERM after it
@@ -111,10 +111,14 @@ class Stop(Callback):
 
     Inside a step nothing may be saved: half of its gradients, or half of its updated weights, would be lost. A second
     Ctrl-C stops at once, and the run goes on from the last regular checkpoint.
+
+    A checkpoint, also a regular one, is written once its step and the validation after it are in the history:
+    Lightning makes it before both, and a run that ended in between would go on without these lines. On a signal it
+    does not wait for the validation, which may take longer than the signal leaves.
     """
 
-    def __init__(self, checkpoint: Path):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path, checkpoints: "Whole"):
+        self.checkpoint, self.checkpoints = checkpoint, checkpoints
         self.signal: int | None = None
         self.saved = False
         self.before: dict[int, Any] = {}
@@ -142,8 +146,14 @@ class Stop(Callback):
             self.signal = SIGNALS[number - 1]
         return number > 0
 
-    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+    def on_validation_start(self, trainer, module) -> None:
         if self.saved:
+            self.checkpoints.write()
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        self.checkpoints.write()
+        if self.saved:
+            trainer.strategy.barrier()  # Slurm may end the one that writes as soon as another has left
             stopped = f"stopped by a signal after step {trainer.global_step} of {module.steps}"
             announce(stopped)
             raise Interrupted(f"{stopped}; the same command goes on from there", self.signal)
@@ -171,6 +181,7 @@ class Whole(TorchCheckpointIO):
         self.held: tuple[Path, io.BytesIO] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
+        self.held = None  # one of the same step
         content = io.BytesIO()
         torch.save(checkpoint, content)
         self.held = Path(path), content
@@ -181,19 +192,6 @@ class Whole(TorchCheckpointIO):
             with whole(path) as part:
                 part.write_bytes(content.getbuffer())
             self.held = None
-
-
-class Logged(Callback):
-    """Writes the checkpoint of a step once that step, and the validation after it, are in the history.
-
-    Lightning makes it before both, and a run that ended in between would go on without these lines.
-    """
-
-    def __init__(self, files: Whole):
-        self.files = files
-
-    def on_train_batch_start(self, trainer, module, batch, index) -> None:
-        self.files.write()
 
 
 def _checkpoints(last: Path, every: int) -> ModelCheckpoint:

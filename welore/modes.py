@@ -36,11 +36,6 @@ class Mode:
         """Whether which parameters train changes from step to step."""
         return False
 
-    @property
-    def elementwise(self) -> bool:
-        """Whether each number of a parameter is stepped by itself, so that a shard of it can be."""
-        return False
-
     def divide(self, lrc: Mapping[str, int]) -> None:
         """Hear which weights are WeLore's LRCs, and at which ranks; most modes look at the model alone."""
 
@@ -87,10 +82,6 @@ class Adam(Mode):
                 f"mode has lr={self.lr}, betas={list(self.betas)}, eps={self.eps}, weight_decay={self.weight_decay}. "
                 f"Write lr > 0, two betas with 0 <= beta < 1, eps > 0 and weight_decay >= 0."
             )
-
-    @property
-    def elementwise(self) -> bool:
-        return type(self).optimizer is Adam.optimizer
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return AdamW(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)

@@ -48,14 +48,22 @@ class Tuner(LightningModule):
         total, _ = self.loss(batch["ids_BL"], batch["labels_BL"])
         # A mean over the tokens of the whole step; Lightning divides by the number of passes and that of processes.
         loss = total / batch["scored"] * self.training_config.accumulate * processes.count()
-        if not math.isfinite(float(loss.detach())):
-            where = first_not_finite(self.model, batch["ids_BL"])
-            raise FloatingPointError(
-                f"the loss of step {self.global_step} is {float(loss.detach())}; it starts in {where}"
-            )
+        if self._anywhere(not math.isfinite(float(loss.detach()))):
+            raise FloatingPointError(f"the loss of step {self.global_step} is {self._not_finite(loss, batch)}")
         self._step_loss += float(loss.detach()) / self.training_config.accumulate
         self.tokens_seen += int(batch["real"])
         return loss
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so in any process: what one of them raises alone leaves the others waiting for its share."""
+        if processes.count() == 1:
+            return here
+        return bool(self.trainer.strategy.reduce(torch.tensor(int(here), device=self.device), reduce_op="max"))
+
+    def _not_finite(self, loss: Tensor, batch: dict[str, Tensor]) -> str:
+        if processes.count() > 1:  # a layer that is cut is whole only where all of them compute it
+            return f"not finite in at least one of {processes.count()} processes"
+        return f"{float(loss.detach())}; it starts in {first_not_finite(self.model, batch['ids_BL'])}"
 
     def on_train_batch_end(self, outputs, batch, index) -> None:
         if (index + 1) % self.training_config.accumulate:

@@ -157,7 +157,10 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     model.to(device)
     record.environment = environment(device) | {"protocol": benchmark.title, "weights": digest(*weights.values())}
     if config.mode.trains:
-        record.environment["recompute"] = config.trainer.recompute  # no science, but it decides speed and memory
+        # No science, but they decide speed and memory.
+        record.environment["recompute"] = config.trainer.recompute
+        if processes.count() > 1:
+            record.environment["processes"] = f"{processes.count()} x {config.trainer.name}"
     found |= {metrics.DENSE_PARAMETERS.key: count_parameters(model), metrics.DENSE_BYTES.key: count_bytes(model)}
     found |= noted(measure_once(model, weights, benchmark, config, cache, "dense"), folder, "dense")
     found[metrics.DENSE_EVAL_TOKENS_PER_SECOND.key] = found.get(metrics.EVAL_TOKENS_PER_SECOND.key)

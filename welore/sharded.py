@@ -1,7 +1,8 @@
 """Training with every weight cut into one shard a process (FSDP): a layer has its weights whole while it computes.
 
 Lightning's own strategies of this kind refuse a CPU, and their checkpoints leave out the float32 masters. This one is
-torch's `fully_shard` in the processes of Lightning's DDP. A checkpoint holds whole tensors: it is that of one process.
+torch's `fully_shard` in the processes of Lightning's DDP. A checkpoint holds whole tensors, as that of one process
+does, and either goes on from the other's: the first process gathers them one by one in the memory of its CPU.
 """
 
 import copy
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
@@ -44,14 +45,17 @@ def sharded(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 def shard(model: PreTrainedModel) -> None:
     """Cut the weights of the decoder layers, and what else trains, in place."""
     device = next(model.parameters()).device.type
-    mesh = init_device_mesh(device, (processes.count(),))
+    options = {
+        "mesh": init_device_mesh(device, (processes.count(),)),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),  # gradients are averaged as masters add them up
+    }
     layers = list(decoder_layers(model).values())
     inside = {id(p) for layer in layers for p in layer.parameters()}
     whole = {p for p in model.parameters() if id(p) not in inside and not p.requires_grad}
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, **options)
     # Cut again after each pass, as layers are: what stayed whole would not see the weights of a checkpoint.
-    fully_shard(model.base_model, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+    fully_shard(model.base_model, ignored_params=whole, reshard_after_forward=True, **options)
 
 
 class Sharded(DDPStrategy):
@@ -61,10 +65,10 @@ class Sharded(DDPStrategy):
         """There is nothing to wrap."""
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {name: _whole(p) for name, p in self.lightning_module.named_parameters() if p.requires_grad}
+        return {name: _gathered(p) for name, p in self.lightning_module.named_parameters() if p.requires_grad}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return tree_map(_whole, optimizer.state_dict())
+        return tree_map(_gathered, optimizer.state_dict())
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -80,8 +84,12 @@ class Sharded(DDPStrategy):
             optimizer.load_state_dict(saved | {"state": state, "masters": masters})
 
 
-def _whole(value: Any) -> Any:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _gathered(value: Any) -> Any:
+    """A tensor whole, in the first process; the others, which write no checkpoint, take part and keep nothing."""
+    if not isinstance(value, DTensor):
+        return value
+    whole = value.full_tensor()
+    return whole.cpu() if processes.index() == 0 else None
 
 
 def _cut_all(parameter: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:

@@ -47,11 +47,11 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     device = next(model.parameters()).device
     give_back(device)  # of what compression freed
     started = time.perf_counter()
-    with peak_memory(device) as peak, config.trainer.share(model) as own:
-        theirs = parameters if own is model else config.mode.trainables(own)
-        tuner = Tuner(own, config.mode, theirs, training, batches.steps, zeros, besides)
+    with peak_memory(device) as peak, config.trainer.share(model) as twin:
+        trainables = parameters if twin is model else config.mode.trainables(twin)
+        tuner = Tuner(twin, config.mode, trainables, training, batches.steps, zeros, besides)
         autocast = config.model.autocast
-        with frozen_weights_in(own, None if config.trainer.shards else autocast):  # a weight that is cast is whole
+        with frozen_weights_in(twin, None if config.trainer.shards else autocast):  # a weight that is cast is whole
             fit(config.trainer, tuner, batches, validation, folder, autocast, loggers, throughput, watching)
         memory = peak.metrics(metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
     gradients = trained * torch.float32.itemsize
