@@ -1,4 +1,4 @@
-"""Copy the runs of finished artefacts into benchmarks/, where others can read them and go on from them.
+"""Copy the runs of artefacts into benchmarks/, where others can read them and go on from them.
 
     python scripts/publish.py who_learns table5               from outputs/
     python -m experiments who_learns outputs=benchmarks       the table, rendered from what was published
@@ -25,35 +25,30 @@ TARGET = Path("benchmarks")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print how many runs of each artefact were copied. The exit status: 2 where one of them is not done."""
+    """Print how many runs of each artefact were copied, and how many it lacks. Exit status 2 where one is refused."""
     try:
         if not arguments or {"-h", "--help"} & set(arguments):
             raise Refused(__doc__.strip())
         outputs = Path(default_outputs())
         runs = Runs.of(records(outputs))
-        found = {name: (load(name).NEEDS, whole(name, runs)) for name in arguments}
-        published = {row.folder: told(row, outputs) for _, rows in found.values() for row in rows}
-        for name, (needs, rows) in found.items():
+        found = {name: gather(load(name), "laptop", runs) for name in arguments}
+        done = {name: [row for row in rows if not row.missing] for name, rows in found.items()}
+        published = {row.folder: told(row, outputs) for rows in done.values() for row in rows}
+        for name, rows in done.items():
             for row in rows:
-                write(published[row.folder], row.folder, TARGET / row.folder.relative_to(outputs), needs)
-            print(f"{name}: {len(rows)} runs")
+                folder = TARGET / row.folder.relative_to(outputs)
+                write(published[row.folder], row.folder, folder, load(name).NEEDS)
+            print(f"{name}: {len(rows)} runs published, {len(found[name]) - len(rows)} missing")
     except Exception as error:
         return explain(error)
     return 0
 
 
-def whole(name: str, runs: Runs) -> list[Row]:
-    """The runs of an artefact at laptop scale."""
-    rows = gather(load(name), "laptop", runs)
-    if missing := sum(row.missing for row in rows):
-        raise Refused(f"{name} lacks {missing} of {len(rows)} runs. First: python -m experiments {name} logger=none")
-    return rows
-
-
 def told(row: Row, outputs: Path) -> Record:
     """The record of a run without the paths of this machine."""
     record = Record.read(row.folder)
-    record.config = portable(record.config, {outputs: "outputs", local(""): "$WELORE_DATA"})
+    names = {outputs: "outputs", outputs.resolve(): "outputs", local(""): "$WELORE_DATA"}
+    record.config = portable(record.config, names)
     record.error = record.error and record.error.splitlines()[0]  # of a diverged run; below it are lines of code
     return record
 
