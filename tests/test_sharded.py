@@ -53,6 +53,11 @@ def config_of(outputs: Path, *overrides: str):
     return to_config(compose([*CELL, f"outputs={outputs}", *overrides]))
 
 
+def poisoned_loss(model):
+    loss = causal_loss(model)
+    return lambda ids_BL, labels_BL: tuple(part * torch.nan for part in loss(ids_BL, labels_BL))
+
+
 def live(outputs: Path, overrides: list[str], index: int, port: int, poisoned: int | None) -> None:
     """One of two processes, as srun starts them; the loss of the one that is poisoned is never finite."""
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "cell", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
@@ -62,7 +67,7 @@ def live(outputs: Path, overrides: list[str], index: int, port: int, poisoned: i
     os.environ.update(job | step | own | meet)
     torch.set_num_threads(1)
     if index == poisoned:
-        module.causal_loss = lambda model: lambda ids, labels: (causal_loss(model)(ids, labels)[0] * torch.nan, 1)
+        module.causal_loss = poisoned_loss
     sys.stderr = (outputs / f"log{index}").open("a")
     try:
         run(config_of(outputs, "trainer=fsdp", *overrides), outputs / "run")
@@ -128,7 +133,8 @@ def test_two_processes_with_a_shard_each_train_as_one(tmp_path, overrides):
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         # Adam's step is +-lr whatever the gradient: where one is next to 0, the order of sums decides its sign.
-        assert (weight.float() - theirs[name].float()).abs().mean() < 1e-3 * theirs[name].float().abs().mean()
+        apart = (weight.float() - theirs[name].float()).abs().mean() / theirs[name].float().abs().mean()
+        assert apart < (1e-2 if weight.dtype == torch.bfloat16 else 1e-3)
     assert not (two / "run" / "checkpoints").exists()
 
 
