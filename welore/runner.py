@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -66,6 +67,8 @@ def _requeue() -> None:
     """Let submitit, whose job this may be, put it into the queue again, now that all is written and closed."""
     handler = signal.getsignal(REQUEUE)
     if callable(handler):
+        if wandb := sys.modules.get("wandb"):
+            wandb.teardown()  # Slurm ends its service with the job, and the exit of this process would miss it
         handler(REQUEUE, None)  # it exits, or raises where the job was requeued too often
         time.sleep(LEAVE)  # in all processes but the first, which Slurm ends when it requeues the job
 
