@@ -1,6 +1,6 @@
 """Figure 6: WeLore, full and LoRA tuning of a 50 % compressed model on StrategyQA: loss, throughput, parameters.
 
-Cost: laptop 9 runs and 6 that follow, 3 minutes each on 2 CPU cores; paper 9 runs, never measured.
+Cost: laptop 9 runs and 6 that follow, a guess of 10 minutes each on 2 CPU cores; paper 9 runs, never measured.
 
 It is Figure 8 of the paper's first version. The paper prints no number of it but what its text says. At laptop scale
 the factors are K-FAC's, as in Table 6, and there are 60 steps: so small a model learns no facts in minutes, and the
@@ -36,8 +36,9 @@ def render(rows: Sequence[Row]) -> Page:
     found = {study.cell["mode"]: study for study in studies(rows)}
     head = ["mode", "err", "keep", "parameters", "training tokens/s", "peak GiB", *asked.COLUMNS]
     body = [[mode, *asked.budget(study), *_cost(study), *asked.values(study)] for mode, study in found.items()]
+    steps = [f"{rows[0].cell['task.training.steps']} steps"] if "task.training.steps" in rows[0].cell else []
     costs = "tokens/s and peak GiB are those of one seed; claims on them compare runs on one device"
-    page = Page(head, body, [*factors(rows), costs, *asked.NOTES, *measured(rows)], claims(found))
+    page = Page(head, body, [*factors(rows), *steps, costs, *asked.NOTES, *measured(rows)], claims(found))
     picture = training_picture(found, f"{rows[0].cell['model']}, {rows[0].cell['task']}, err {ERR:g}")
     page.figures = {} if picture is None else {"": picture}
     return page

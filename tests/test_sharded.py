@@ -164,6 +164,29 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_go_on_from_the_checkpoint_of_one(tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    overrides = ["mode=full", "model.dtype=bfloat16", "task.training.steps=40"]
+    expected = run(config_of(whole, *overrides), whole / "run")
+    step = module.Tuner.training_step
+
+    def signalled(tuner, batch, index):
+        if index == 40:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(tuner, batch, index)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(module.Tuner, "training_step", signalled)
+        run(config_of(cut, *overrides), cut / "run")
+    assert len(losses(cut)) == 21
+    assert ended(start(cut, *overrides)) == [0, 0], (cut / "log0").read_text()
+    assert "go on after step 21" in (cut / "log0").read_text()
+    assert losses(cut) == pytest.approx(losses(whole), rel=2e-3)
+    found = Record.read(cut / "run")
+    assert found.metrics["tuned/perplexity"] == pytest.approx(expected.metrics["tuned/perplexity"], rel=2e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("poisoned", [0, 1])
 def test_a_loss_that_is_not_finite_in_one_process_ends_both(tmp_path, poisoned):
     assert ended(start(tmp_path, "mode=welore", poisoned=poisoned)) == [1, 1]
