@@ -28,12 +28,13 @@ def main() -> None:
     target = Path(options.out) if options.out else source.parent / ("merged" if options.merge else "factored")
     _claim(target)
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    trust = {"trust_remote_code": options.trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **trust)
     if options.merge:
         merge(model)
     if options.dtype:
         cast(model, DTYPES[options.dtype])
-    save(model, AutoTokenizer.from_pretrained(source), target, max_shard_size=options.max_shard_size)
+    save(model, AutoTokenizer.from_pretrained(source, **trust), target, max_shard_size=options.max_shard_size)
     kind = f"{len(factored_ranks(model))} factored weights" if factored_ranks(model) else "every weight dense"
     numbers = f"{count_parameters(model):,} parameters, {count_bytes(model):,} bytes in {model.dtype}"
     print(f"{target}: {kind}, {numbers}".replace("torch.", ""))
@@ -47,6 +48,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="the folder to write; by default merged or factored in the run folder")
     parser.add_argument("--dtype", choices=DTYPES, help="of the written weights; by default as they are")
     parser.add_argument("--max-shard-size", type=_size, default="50GB", help="of one weight file, such as 2GB")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python files in the model's folder")
     parser.add_argument("--outputs", default="outputs", help="where fingerprints are looked up")
     return parser.parse_args()
 

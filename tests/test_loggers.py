@@ -50,6 +50,14 @@ def whole_records(path: Path) -> list[wandb_internal_pb2.Record]:
     raise TimeoutError(f"{path} has no end")
 
 
+def values(items):
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def summary(logged):
+    return values(item for entry in logged for item in entry.summary.update)
+
+
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline")
@@ -101,13 +109,27 @@ def test_the_offline_run_holds_group_tags_and_the_whole_config(offline_run):
 
 def test_the_offline_run_holds_what_a_record_is_made_of_again(offline_run):
     record, logged = offline_run
-    updates = [item for entry in logged for item in entry.summary.update]
-    summary = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in updates}
-    about = summary[RECORD]
+    about = summary(logged)[RECORD]
     assert (about["status"], about["error"], about["fingerprint"]) == ("done", None, record.fingerprint)
     assert (about["commit"], about["environment"]) == (record.commit, record.environment)
     saved = {file.path for entry in logged for file in entry.files.files}
     assert {"history.jsonl", "ranks.json", "spectra.safetensors"} <= saved
+
+
+def test_what_a_probe_adds_to_a_finished_run_goes_to_its_run_there_with_all_the_rest(tmp_path):
+    probe = ["probe=trained", "probe.layers=[1]", "probe.length=16", "probe.windows=2", "probe.curvature_windows=1"]
+    probe += ["probe.steps=6", "probe.eigenvalues=2", "probe.samples=1"]
+    common = ["model=tiny", "mode=none", "task/protocol=smoke", "logger=offline", f"outputs={tmp_path}"]
+    first = run(to_config(compose(common)), tmp_path / "run")
+    for _ in range(2):  # the second time it has nothing to add
+        run(to_config(compose([*common, *probe])), tmp_path / "run")
+    before, after = map(whole_records, sorted((tmp_path / "run").rglob("*.wandb")))
+    assert {entry.run.run_id for entry in before + after if entry.HasField("run")} == {first.fingerprint}
+    assert "probe-trained.json" in {file.path for entry in after for file in entry.files.files}
+    assert summary(after)[RECORD] == summary(before)[RECORD] | {"seconds": first.seconds}
+    rows = [values(item for entry in logged for item in entry.history.item) for logged in (before, after)]
+    results = {key: value for key, value in first.metrics.items() if isinstance(value, int | float)}
+    assert all({key: row[key] for key in results} == results for row in rows)
 
 
 def test_a_run_that_fails_is_a_failed_run_there_too_and_says_why(tmp_path):
@@ -119,11 +141,10 @@ def test_a_run_that_fails_is_a_failed_run_there_too_and_says_why(tmp_path):
         logger.log_metrics({"compress/err": 0.3})
         raise error
     (file,) = tmp_path.rglob("*.wandb")
-    items = [item for entry in whole_records(file) for item in entry.summary.update]
-    summary = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-    assert summary[RECORD]["status"] == "failed"
-    assert summary[RECORD]["error"] == "FloatingPointError: the loss of step 3 is nan"
-    assert summary["compressed/breaks_at"] == "model.layers.1"
+    found = summary(whole_records(file))
+    assert found[RECORD]["status"] == "failed"
+    assert found[RECORD]["error"] == "FloatingPointError: the loss of step 3 is nan"
+    assert found["compressed/breaks_at"] == "model.layers.1"
 
 
 def test_online_without_a_key_is_refused_at_once(tmp_path, monkeypatch):

@@ -92,37 +92,125 @@ def test_without_slurm_the_launcher_says_so(cli, tmp_path):
 TRAINING = ["mode=welore", "err=0.5", "task.training.steps=100", "task.training.validate_every=50"]
 
 
-def test_a_signalled_job_requeues_itself_and_ends_as_one_that_was_never_stopped(cli, slurm, client, tmp_path):
-    whole = cli(*TRAINING, f"outputs={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr
-    expected = until(lambda: list((tmp_path / "whole").rglob(FILE)))[0].parent
+def signal(client, job):
+    """What Slurm does before a time limit, by hand."""
+    client("scancel", "--signal=USR2", job)
 
-    def signal_after_step_20():
-        def begun():
-            return [
-                path.parent for path in (tmp_path / "outputs").rglob("history.jsonl") if len(steps(path.parent)) > 20
-            ]
 
-        folder = until(begun)[0]
-        client("scancel", "--signal=USR2", client("squeue", "--noheader", "--states=R", "--format=%A").split()[0])
-        return folder
+def preempt(client, job):
+    """A job that needs the whole node, from a partition that goes first."""
+    client("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=true")
 
+
+def kill(client, job):
+    client("scancel", "--signal=KILL", job)
+
+
+def running(client):
+    return client("squeue", "--noheader", "--states=R", "--format=%A").split()
+
+
+def begun(outputs, after=20):
+    """The folders of runs that have trained more than so many steps."""
+    return [path.parent for path in outputs.rglob("history.jsonl") if len(steps(path.parent)) > after]
+
+
+def log(outputs):
+    return "".join(path.read_text() for path in sorted((outputs / "slurm").rglob("*_0_log.err")))
+
+
+@pytest.fixture
+def interrupted(cli, slurm, client, tmp_path):
+    """A function that launches a training, interrupts its job after step 20, and returns the folder of the run and
+    what the launcher said."""
+
+    def interrupted(interrupt, *options):
+        def after_step_20():
+            folder = until(lambda: begun(tmp_path / "outputs"))[0]
+            interrupt(client, running(client)[0])
+            return folder
+
+        with ThreadPoolExecutor() as threads:
+            folder = threads.submit(after_step_20)
+            done = cli(*LAUNCHER, *TRAINING, *options, multirun=True, timeout=500, **slurm)
+        return folder.result(), done
+
+    return interrupted
+
+
+@pytest.fixture
+def same_as_one_that_was_never_stopped(cli, slurm, tmp_path):
+    """A function that asserts it of the run in a folder, to the bit."""
+
+    def same(folder, *options):
+        whole = cli(
+            *LAUNCHER, *TRAINING, *options, f"outputs={tmp_path / 'whole'}", multirun=True, timeout=500, **slurm
+        )
+        assert whole.returncode == 0, whole.stderr
+        (expected,) = (path.parent for path in (tmp_path / "whole").rglob(FILE))
+        assert steps(folder) == steps(expected)
+        ours, theirs = Record.read(folder), Record.read(expected)
+        assert ours.metrics["tuned/perplexity"] == theirs.metrics["tuned/perplexity"]
+        assert not (folder / "checkpoints").exists()
+
+    return same
+
+
+TWO = ["hydra.launcher.tasks_per_node=2", "trainer=ddp"]
+
+
+@pytest.mark.parametrize("interrupt", [signal, preempt])
+@pytest.mark.parametrize("processes", [[], TWO], ids=["one", "two"])
+def test_a_job_that_is_told_to_stop_requeues_itself_and_ends_as_one_that_was_never_stopped(
+    interrupted, same_as_one_that_was_never_stopped, tmp_path, interrupt, processes
+):
     # No checkpoint but that of the signal; and a run that was forced to start again is not forced to by its requeue.
     options = ["trainer.checkpoint_every=100000", "force=true", "logger=offline"]
-    with ThreadPoolExecutor() as threads:
-        signalled = threads.submit(signal_after_step_20)
-        done = cli(*LAUNCHER, *TRAINING, *options, multirun=True, timeout=500, **slurm)
-    assert done.returncode == 0, done.stderr
-    folder = signalled.result()
-    log = next((tmp_path / "outputs" / "slurm").rglob("*_0_log.err")).read_text()
-    assert "stopped by a signal after step" in log and "go on after step" in log
-    assert "Traceback" not in log
-    assert steps(folder) == steps(expected)
-    ours, theirs = Record.read(folder), Record.read(expected)
-    assert ours.metrics["tuned/perplexity"] == theirs.metrics["tuned/perplexity"]
-    assert not (folder / "checkpoints").exists()
+    folder, done = interrupted(interrupt, *processes, *options)
+    said = log(tmp_path / "outputs")
+    assert done.returncode == 0, done.stderr + said
+    assert "stopped by a signal after step" in said and "go on after step" in said
+    assert "Traceback" not in said
     lives = [path.name for path in (folder / "wandb").glob("offline-run-*")]
-    assert len(lives) == 2 and {name.rpartition("-")[2] for name in lives} == {ours.fingerprint}
+    assert len(lives) == 2 and {name.rpartition("-")[2] for name in lives} == {Record.read(folder).fingerprint}
+    same_as_one_that_was_never_stopped(folder, *processes)
+
+
+def test_a_killed_job_that_is_launched_again_goes_on_from_its_last_checkpoint(
+    interrupted, same_as_one_that_was_never_stopped, cli, slurm, tmp_path
+):
+    options = ["trainer.checkpoint_every=10"]
+    folder, first = interrupted(kill, *options)
+    assert first.returncode == 2 and "left no result" in first.stderr
+    again = cli(*LAUNCHER, *TRAINING, *options, multirun=True, timeout=500, **slurm)
+    assert again.returncode == 0, again.stderr
+    assert "go on after step" in log(tmp_path / "outputs")
+    same_as_one_that_was_never_stopped(folder)
+
+
+def test_a_job_goes_on_after_its_time_limit(cli, slurm, client, tmp_path):
+    """It is told 30 seconds before the minute is over. A job without a limit trains beside it, to be compared with."""
+    long = ["mode=welore", "err=0.5", "task.training.steps=100000", "task.training.validate_every=100000"]
+    limited, free = (tmp_path / name / "outputs" for name in ("limited", "free"))
+    minute = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30"]
+
+    def launch(outputs, *options):
+        return cli(*LAUNCHER, *long, *options, f"outputs={outputs}", multirun=True, timeout=500, **slurm)
+
+    def restarted():
+        return "go on after step" in log(limited) and begun(limited, after=0)
+
+    with ThreadPoolExecutor() as threads:
+        threads.submit(launch, limited, *minute)
+        threads.submit(launch, free)
+        ours = until(restarted, 300)[0]
+        before = len(steps(ours))
+        until(lambda: begun(limited, before + 50), 120)
+        theirs = until(lambda: begun(free, len(steps(ours))), 120)[0]
+        client("scancel", *until(lambda: running(client)))
+    assert "stopped by a signal after step" in log(limited)
+    count = min(len(steps(ours)), len(steps(theirs)))
+    assert count > before and steps(ours)[:count] == steps(theirs)[:count]
 
 
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])

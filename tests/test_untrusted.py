@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from welore import checkpoint
 from welore.batches import _ids
 from welore.cache import Cache
 from welore.calibrate import INDEX, Statistics
-from welore.config import compose, to_config
+from welore.config import compose, fingerprint, to_config
 from welore.errors import Refused
 from welore.fit import _steps_done
+from welore.lowrank import factored_ranks
+from welore.models import count_parameters
 from welore.moments import Needs
+from welore.runner import MODEL, run
 
 
 class Payload:
@@ -55,8 +59,39 @@ def test_code_beside_a_model_is_not_run(pristine, tmp_path, mark):
     auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "stranger", "auto_map": auto}))
     (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
-    with pytest.raises(Refused, match="cannot be loaded"):
+    with pytest.raises(Refused, match="write model.trust_remote_code=true"):
         load(folder)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class StrangerConfig(LlamaConfig):
+    model_type = "stranger"
+
+class StrangerForCausalLM(LlamaForCausalLM):
+    config_class = StrangerConfig
+"""
+
+
+def test_a_model_with_code_that_is_trusted_by_name_is_compressed_saved_and_loaded(pristine, configured, tmp_path):
+    folder = saved_model(pristine, tmp_path / "model")
+    (folder / "modeling.py").write_text(CODE)
+    auto = {"AutoConfig": "modeling.StrangerConfig", "AutoModelForCausalLM": "modeling.StrangerForCausalLM"}
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "stranger", "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["StrangerForCausalLM"]}))
+    small = ["model.dtype=float32", "task/protocol=smoke", "task/training=smoke", "trainer.progress=false"]
+    overrides = [f"model={folder}", "err=0.3", "mode=welore", f"outputs={tmp_path}", *small]
+    with pytest.raises(Refused, match="write model.trust_remote_code=true"):
+        run(configured(*overrides), tmp_path / "refused")
+    trusting = configured(*overrides, "model.trust_remote_code=true")
+    assert fingerprint(trusting) == fingerprint(configured(*overrides))
+    found = run(trusting, tmp_path / "run").metrics
+    model, tokenizer = checkpoint.load(tmp_path / "run" / MODEL, torch.float32, trust_remote_code=True)
+    assert type(model).__name__ == "StrangerForCausalLM" and factored_ranks(model)
+    assert count_parameters(model) == found["tuned/parameters"]
+    measured = trusting.task.benchmark(tokenizer, Cache(tmp_path / ".cache")).measure(model, None, "saved").stage
+    assert measured["perplexity"] == found["tuned/perplexity"]
 
 
 def test_pickled_weights_are_read_as_weights_alone(pristine, tmp_path, mark):

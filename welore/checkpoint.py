@@ -122,10 +122,11 @@ def save(model: PreTrainedModel, tokenizer: Any, folder: Path, **options) -> Non
         weights.chmod((folder / "config.json").stat().st_mode)
 
 
-def load(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+def load(folder: Path, dtype: torch.dtype, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """The model in eval mode and the tokenizer that `save` has written."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    trust = {"trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **trust)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **trust)
 
 
 def _describe(model: PreTrainedModel) -> None:

@@ -98,14 +98,14 @@ class Subject:
         return fixed, other
 
 
-def examine(config: Config, folder: Path) -> None:
-    """Write what the probe of a config finds in the checkpoints of its run, where it is not there already."""
+def examine(config: Config, folder: Path) -> bool:
+    """Write what the probe of a config finds in the checkpoints of its run. False where it is there already."""
     subject = Subject(config, folder, Cache(Path(config.outputs) / ".cache"))
     settings = digest(FORMAT, json.dumps(asdict(config.probe)), fingerprint(config))
     keys = {step: digest(settings, subject.identity(step)) for step in subject.steps}
     whole, file = digest(settings, *keys.values()), folder / probe_file(config.probe.name)
     if _key(file) == whole:
-        return
+        return False
     parts = folder / f"probe-{config.probe.name}"
     bent = _with_curvature(config.probe, subject.steps)
     if todo := [step for step in subject.steps if _key(parts / f"{step}.json") != keys[step]]:
@@ -122,6 +122,7 @@ def examine(config: Config, folder: Path) -> None:
     found |= _between(parts, names, subject.steps, bent, config.probe)
     _write(found | {"seconds_between": time.perf_counter() - started}, file)
     shutil.rmtree(parts)
+    return True
 
 
 def _with_curvature(probe: Emergence, steps: list[int]) -> list[int]:

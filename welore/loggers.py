@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # importing Lightning takes seconds, and a refused config sho
 
 RECORD = "record"  # the key of the summary of a W&B run under which stands what W&B has no place for
 ABOUT = ("fingerprint", "commit", "environment", "started")
-FILES = (HISTORY, "ranks.json", "spectra.safetensors", "answers-*.jsonl")  # what artefacts read of a run folder
+# What artefacts read of a run folder.
+FILES = (HISTORY, "ranks.json", "spectra.safetensors", "answers-*.jsonl", "probe-*.json")
 
 
 @dataclass
@@ -84,7 +85,8 @@ def _conclude(run: Any, folder: Path, record: Record, error: BaseException | Non
     """What it takes to make the record again of the W&B run, whose config and history hold the rest."""
     text = {key: value for key, value in record.metrics.items() if isinstance(value, str)}
     about = {key: getattr(record, key) for key in ABOUT}
-    about["seconds"] = max(0.0, time.time() - datetime.fromisoformat(record.started).timestamp())
+    so_far = max(0.0, time.time() - datetime.fromisoformat(record.started).timestamp())
+    about["seconds"] = record.seconds if record.status == "done" else so_far
     # A metric without a value is not logged.
     about["empty"] = [key for key, value in record.metrics.items() if value is None]
     about |= {"status": "done", "error": None} if error is None else {"status": "failed", "error": told(error)}

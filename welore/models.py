@@ -21,7 +21,7 @@ from welore.lowrank import LowRankLinear
 
 TrainingTexts = Callable[[], Iterable[str]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # config and tokenizer; never code
+BESIDE_WEIGHTS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")  # config and tokenizer; no code
 
 
 @dataclass
@@ -67,10 +67,12 @@ class Pretrained(Model):
     """A model from the hub, a local folder, a GGUF file, or a GGUF file inside a Python package.
 
     `path` is a hub name such as `meta-llama/Llama-2-7b-hf`, a folder, a `.gguf` file, or `package:NAME/FILE.gguf`.
+    `trust_remote_code` lets Python files that come with the model run, as a model of an architecture of its own needs.
     """
 
     path: str
     revision: str | None
+    trust_remote_code: bool = False
 
     def load(self, folder: Path, texts: TrainingTexts | None = None) -> tuple[PreTrainedModel, Any]:
         path = self._location()
@@ -86,7 +88,10 @@ class Pretrained(Model):
         return model, tokenizer
 
     def fetch(self) -> str | None:
-        return None if self._location() is not None else fetch_from_hub(self.path, self.revision)
+        if self._location() is not None:
+            return None
+        code = ["*.py"] if self.trust_remote_code else []
+        return fetch_from_hub(self.path, self.revision, beside=[*BESIDE_WEIGHTS, *code])
 
     def _from_gguf(self, path: Path, folder: Path) -> tuple[PreTrainedModel, Any]:
         """Dequantizing takes far longer than reading the result, which is therefore kept beside the other caches."""
@@ -262,11 +267,17 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> Non
         )
 
 
-def fetch_from_hub(name: str, revision: str | None = None, key: str = "model.path", weights: bool = True) -> str:
+def fetch_from_hub(
+    name: str,
+    revision: str | None = None,
+    key: str = "model.path",
+    weights: bool = True,
+    beside: Iterable[str] = BESIDE_WEIGHTS,
+) -> str:
     """Bring a model, or without `weights` its tokenizer alone, into the hub's local cache. Says what was fetched."""
     try:
         kinds = ["*.safetensors" if _has_safetensors(name, revision) else "*.bin"] if weights else []
-        snapshot_download(name, revision=revision, allow_patterns=[*kinds, *BESIDE_WEIGHTS])
+        snapshot_download(name, revision=revision, allow_patterns=[*kinds, *beside])
     except Exception as error:  # the hub's client raises what its transport does
         raise Refused(f"{key}={name} cannot be fetched: {reason(error, local=False, key=key)}") from error
     return f"{name} from the hub"
@@ -288,7 +299,7 @@ def hub_answers(name: str) -> bool:
 
 
 def _from_pretrained(source: Pretrained, path: str, **options) -> tuple[PreTrainedModel, Any]:
-    options |= {"trust_remote_code": False}  # a model may come from anyone; without this transformers would ask
+    options |= {"trust_remote_code": source.trust_remote_code}  # without this transformers would ask
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -313,6 +324,11 @@ def reason(error: Exception, local: bool, key: str = "model.path") -> str:
         kinds.append(type(chain).__name__)
         chain = chain.__cause__ or chain.__context__
     names = " ".join(kinds)
+    if "trust_remote_code" in str(error):
+        return (
+            "it comes with Python code of its own, which is not run unless the config says so. Read that code, and if "
+            "you trust it write model.trust_remote_code=true."
+        )
     if "GatedRepo" in names:
         return f"access is gated. Accept its terms on the hub and run `hf auth login`, or give a local {key}."
     if "RepositoryNotFound" in names or "RevisionNotFound" in names:

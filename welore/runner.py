@@ -7,11 +7,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -34,6 +35,9 @@ from welore.rounds import compress
 from welore.stage import measure, measure_once, noted
 from welore.trainer import CHECKPOINTS, REQUEUE, discard_checkpoints
 from welore.tune import tune
+
+if TYPE_CHECKING:  # importing Lightning takes seconds, and a finished run should not
+    from lightning.pytorch.loggers import Logger
 
 MODEL = "model"
 LEAVE = 60  # seconds
@@ -82,7 +86,7 @@ def _first(config: Config, folder: Path) -> Record:
         if finished := _finished(folder):
             if not config.force:
                 _check_identity(finished, config, folder)
-                _examine(config, folder)
+                _examine(config, folder, finished)
                 return finished
             set_aside(folder)
         elif config.force and not _requeued():
@@ -134,16 +138,28 @@ def _made(config: Config, folder: Path) -> Record:
         raise
     discard_checkpoints(folder)
     discard_aside(folder)
-    _examine(config, folder)
+    _examine(config, folder, record)
     return record
 
 
-def _examine(config: Config, folder: Path) -> None:
-    """Add what the probe finds to a finished run, which stays finished if the probe fails."""
+def _examine(config: Config, folder: Path, record: Record) -> None:
+    """Add what the probe finds to a finished run, here and in W&B. The run stays finished if the probe fails."""
     if config.probe.examines:
         from welore.emergence import examine
 
-        examine(config, folder)
+        if examine(config, folder):
+            with _loggers(config, folder, record) as loggers:
+                _log(record.metrics, loggers)
+
+
+def _loggers(config: Config, folder: Path, record: Record) -> AbstractContextManager[list["Logger"]]:
+    tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
+    return config.logger.open(folder, record, config.group, tags)
+
+
+def _log(found: Mapping[str, Any], loggers: Iterable["Logger"]) -> None:
+    for logger in loggers:
+        logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
 
 
 def _story(config: Config, folder: Path, record: Record) -> None:
@@ -177,16 +193,14 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     found |= noted(measure_once(model, weights, benchmark, config, cache, "compressed"), folder, "compressed")
     found[metrics.NATS.key] = _damage(found)
 
-    tags = [config.asked, *(getattr(config, group).name for group in ("model", "svd", "ranks", "mode", "task"))]
-    with config.logger.open(folder, record, config.group, tags) as loggers:
+    with _loggers(config, folder, record) as loggers:
         if config.mode.trains:
             config.mode.divide(plan.division)
             _call(model, tokenizer, folder, plan.division)
             found |= tune(model, tokenizer, config, folder, cache, loggers)
             found |= noted(measure(model, benchmark, config, "tuned"), folder, "tuned")
             found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
-        for logger in loggers:
-            logger.log_metrics({key: value for key, value in found.items() if isinstance(value, int | float)})
+        _log(found, loggers)
     if config.save:
         checkpoint.save(model, tokenizer, folder / MODEL)
 
@@ -200,7 +214,8 @@ def _call(model: PreTrainedModel, tokenizer: Any, folder: Path, division: Mappin
 
 def _help(config: Config, folder: Path, division: Mapping[str, int]) -> None:
     """What a process does that was called: its share of the training, and no more."""
-    model, tokenizer = checkpoint.load(folder / CHECKPOINTS / MODEL, DTYPES[config.model.dtype])
+    trust = getattr(config.model, "trust_remote_code", False)
+    model, tokenizer = checkpoint.load(folder / CHECKPOINTS / MODEL, DTYPES[config.model.dtype], trust)
     config.mode.divide(division)
     tune(model.to(config.trainer.place()), tokenizer, config, folder, Cache(Path(config.outputs) / ".cache"), [])
 
