@@ -58,6 +58,12 @@ def test_weights_tokenizer_and_the_files_of_every_split_are_fetched_and_no_code(
     assert capsys.readouterr().out.count("fetched") == 3
 
 
+def test_the_code_of_a_model_is_fetched_where_the_config_trusts_it(hub):
+    assert download.main(["model=owner/name", "model.trust_remote_code=true", "task=sotu"]) == 0
+    ((_, options),) = hub.asked
+    assert "*.py" in options["allow_patterns"]
+
+
 def test_of_a_model_from_scratch_only_a_tokenizer_of_the_hub_is_fetched(hub):
     assert download.main(["model=llama_9m", "model.tokenizer=owner/name", "task=sotu"]) == 0
     assert [(repo, "*.safetensors" in options["allow_patterns"]) for repo, options in hub.asked] == [
