@@ -38,7 +38,9 @@ def about(artefact: ModuleType) -> tuple[str, str]:
 
 def gather(artefact: ModuleType, scale: str, runs: Runs) -> list[Row]:
     """The cells of an artefact with their runs; after them those that follow from what these have found, if any do."""
-    rows = runs.find(artefact.cells(scale), artefact.NEEDS)
-    if not hasattr(artefact, "then"):
-        return rows
-    return rows + runs.find(artefact.then(scale, rows), artefact.NEEDS)
+    rows, more = [], artefact.cells(scale)
+    while more:
+        rows += runs.find(more, artefact.NEEDS)
+        known = [row.cell for row in rows]
+        more = [cell for cell in artefact.then(scale, rows) if cell not in known] if hasattr(artefact, "then") else []
+    return rows

@@ -5,6 +5,7 @@ import math
 import random
 import shlex
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from experiments import (
     v1_table6,
 )
 from experiments import cells as cells_module
-from experiments.__main__ import SCALES, about, load, main, names, parse, write
+from experiments.__main__ import SCALES, about, gather, load, main, names, parse, write
 from experiments.cells import Row, check_infrastructure, find, fingerprint_of, launch, overrides_of
 from experiments.page import Claim, Page, verdict
 from welore.config import compose, fingerprint, to_config
@@ -236,10 +237,8 @@ def probed(steps):
 def whole(name, scale, folder):
     """A row with a record for every cell."""
     leave_spectra(folder)
-    artefact = load(name)
-    rows = [Row(cell, folder, record_of(cell)) for cell in artefact.cells(scale)]
-    following = artefact.then(scale, rows) if hasattr(artefact, "then") else []
-    return rows + [Row(cell, folder, record_of(cell)) for cell in following]
+    find = SimpleNamespace(find=lambda cells, needs: [Row(cell, folder, record_of(cell)) for cell in cells])
+    return gather(load(name), scale, find)
 
 
 def fill(name, outputs, count=None):

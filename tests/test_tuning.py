@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,6 +107,28 @@ def test_the_other_seeds_follow_once_the_grid_is_done(tmp_path):
     assert then("paper", rows) == []
 
 
+@pytest.mark.parametrize(
+    ("best", "order"),
+    [
+        (0.000125, [0.00003125]),  # worse: back to the edge, which is one no more
+        (0.00003125, [0.00003125, 7.8125e-06]),
+        (0.0, [0.00003125, 7.8125e-06]),  # better and better, as far as it goes
+        (0.0005, []),
+        (0.002, [0.008]),
+        (1.0, [0.008, 0.032]),
+    ],
+)
+def test_a_grid_that_is_best_at_its_edge_is_widened_before_the_other_seeds_run(tmp_path, best, order):
+    rows, tried = [made(tmp_path, cell, abs(cell["mode.lr"] - best)) for cell in tuning.grid(START)], []
+    while (cells := tuning.widened("laptop", rows)) and cells[0]["seed"] == 0:
+        assert tuning.widened("laptop", [*rows, Row(cells[0], why="never run")]) == []
+        tried += [cell["mode.lr"] for cell in cells]
+        rows += [made(tmp_path, cell, abs(cell["mode.lr"] - best)) for cell in cells]
+    assert tried == pytest.approx(order)
+    closest = min((row.cell["mode.lr"] for row in rows), key=lambda rate: abs(rate - best))
+    assert [(cell["mode.lr"], cell["seed"]) for cell in cells] == [(closest, 1), (closest, 2)]
+
+
 def test_a_mean_over_seeds_with_its_standard_error(tmp_path):
     found = study(tmp_path, [200.0, 100.0, 300.0], seeds=[104.0, 108.0])
     assert found.perplexity == pytest.approx(104.0)
@@ -207,8 +230,7 @@ def whole(name, folder, perplexity):
         value = perplexity(cell)
         return diverged(cell) if value is None else made(folder, cell, value + cell["seed"])
 
-    rows = [row(cell) for cell in artefact.cells("laptop")]
-    return rows + [row(cell) for cell in artefact.then("laptop", rows)]
+    return gather(artefact, "laptop", SimpleNamespace(find=lambda cells, needs: [row(cell) for cell in cells]))
 
 
 def best_at_default(cell):
@@ -309,9 +331,10 @@ def test_the_more_tokens_are_run_at_the_rate_that_the_fewer_have_chosen(tmp_path
     best = {"plain": 0.000125, "whitened": 0.0005, "kfac": 0.002}
     rows = whole("recover", tmp_path, lambda cell: 100.0 + 50.0 * (cell["mode.lr"] != best[cell["svd"]]))
     longer = [row.cell for row in rows if row.cell["task.training.tokens"] == 300_000]
-    assert [(cell["svd"], cell["mode.lr"]) for cell in longer if cell["seed"] == 0] == list(best.items())
+    assert {cell["svd"]: cell["mode.lr"] for cell in longer if cell["seed"] == 0} == best
     assert len(longer) == 9 and all(cell["mode.lr"] == best[cell["svd"]] for cell in longer)
-    assert len(recover.then("paper", [row for row in rows if row.cell["task.training.tokens"] == 30_000][:9])) == 3
+    first = [row for row in rows if row.cell["seed"] == 0 and row.cell["task.training.tokens"] == 30_000]
+    assert len(recover.then("paper", first)) == 3
 
 
 @pytest.mark.parametrize(("artefact", "labels"), [(figure4, ["LRC", "N-LRC"]), (figure5, ["WeLore", "full"])])
