@@ -35,10 +35,8 @@ def cells(scale: str) -> list[Cell]:
 def then(scale: str, rows: Sequence[Row]) -> list[Cell]:
     """The other seeds on the fewer tokens, and every seed on the more, at the rate that the fewer have chosen."""
     fewer = [row for row in rows if row.cell["task.training.tokens"] == TOKENS[0]]
-    more = tuning.widened(scale, fewer)
-    chosen = [row.cell for study in studies(fewer) if study.beyond is None for row in study.runs]
-    chosen += [cell for cell in more if cell["seed"] != 0]
-    return more + [cell | {"task.training.tokens": TOKENS[1]} for cell in chosen]
+    longer = tuning.carried(scale, tuning.wide_enough(fewer), [{"task.training.tokens": TOKENS[1]}])
+    return tuning.widened(scale, fewer) + longer
 
 
 def render(rows: Sequence[Row]) -> Page:

@@ -59,8 +59,23 @@ def then(scale: str, rows: Sequence[Row]) -> list[Cell]:
 def widened(scale: str, rows: Sequence[Row]) -> list[Cell]:
     """As `then`; but a study that is best at an edge of its grid is first given the next rate beyond it."""
     edges = [study.cell | {"mode.lr": study.beyond, "seed": 0} for study in studies(rows) if study.beyond is not None]
-    inside = [row for study in studies(rows) if study.beyond is None for row in study.rows]
-    return edges + then(scale, inside)
+    return edges + then(scale, wide_enough(rows))
+
+
+def wide_enough(rows: Sequence[Row]) -> list[Row]:
+    """Those of studies that `widened` gives no other rate."""
+    return [row for study in studies(rows) if study.beyond is None for row in study.rows]
+
+
+def carried(scale: str, rows: Sequence[Row], changes: Sequence[Cell]) -> list[Cell]:
+    """Every seed of every study whose grid is done with each of the changes, at the rate that won without them."""
+    chosen = [study for study in studies(rows) if study.chosen is not None]
+    return [
+        study.cell | change | {"mode.lr": study.chosen, "seed": seed}
+        for study in chosen
+        for change in changes
+        for seed in SEEDS[scale]
+    ]
 
 
 def studies(rows: Sequence[Row]) -> "list[Study]":

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import figure4, figure5, recover, table4, table5, tuned, tuning, who_learns
+from experiments import figure4, figure5, recover, table4, table5, table6, tuned, tuning, who_learns
 from experiments.__main__ import gather, load, main
 from experiments.cells import Row, Runs, find, fingerprint_of, overrides_of
 from experiments.page import verdict
@@ -335,6 +335,20 @@ def test_the_more_tokens_are_run_at_the_rate_that_the_fewer_have_chosen(tmp_path
     assert len(longer) == 9 and all(cell["mode.lr"] == best[cell["svd"]] for cell in longer)
     first = [row for row in rows if row.cell["seed"] == 0 and row.cell["task.training.tokens"] == 30_000]
     assert len(recover.then("paper", first)) == 3
+
+
+def test_table_6_tunes_every_model_at_the_rate_that_a_mode_has_chosen_at_err_03(tmp_path):
+    best = {"full": 0.000025, "lora": 0.001, "galore": 0.0016, "welore": 0.0001}
+    rows = whole("table6", tmp_path, lambda cell: 100.0 + 50.0 * (cell["mode.lr"] != best[cell["mode"]]))
+    assert len(rows) == 12 + 29
+    others = [row.cell for row in rows if row.cell["err"] != 0.3 or row.cell["seed"] > 0]
+    assert all(cell["mode.lr"] == pytest.approx(best[cell["mode"]]) for cell in others)
+    runs = {(cell["err"], cell["mode"]): 0 for cell in others}
+    for cell in others:
+        runs[cell["err"], cell["mode"]] += 1
+    assert runs == {(err, mode): 2 if err == 0.3 else 3 for err, mode in table6.PAPER if err != 0.4}
+    page = table6.render([Row(row.cell, why="never run") for row in rows])
+    assert [line[2] for line in page.body] == ["0"] * 3 + ["0.3"] * 4 + ["0.5"] * 4
 
 
 @pytest.mark.parametrize(("artefact", "labels"), [(figure4, ["LRC", "N-LRC"]), (figure5, ["WeLore", "full"])])
