@@ -1,6 +1,6 @@
 """Recover: what a better cut is still worth after tuning: perplexity after 0, 30k and 300k tokens of LRC-only tuning.
 
-Cost: laptop 9 runs and 15 that follow, a guess of 3 hours on 2 CPU cores; paper 9 and 3, never measured.
+Cost: laptop 9 runs and at least 15 that follow, a guess of 3 hours on 2 CPU cores; paper 9 and 3, never measured.
 
 Three cuts at the same keep: WeLore's own, its ranks with whitened factors, and K-FAC factors at Lagrange ranks, all
 calibrated on the text that they are tuned on. The learning rate of each is chosen on 30k tokens, and taken for 300k.
@@ -13,7 +13,7 @@ from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
 from experiments.tuned import Numbers, lower, sure
-from experiments.tuning import SURELY, Study, studies
+from experiments.tuning import SURELY, WIDENED, Study, studies
 from welore.plots import lines_figure
 
 NEEDS = tuning.NEEDS
@@ -46,6 +46,7 @@ def render(rows: Sequence[Row]) -> Page:
         numbers["0", start] = found[str(TOKENS[0]), start].untuned
     lines = [([start, tokens], study) for (tokens, start), study in found.items()]
     notes = ["untuned: 0 tokens", f"{TOKENS[1]:,} tokens: at the rate that was chosen on {TOKENS[0]:,}, on every seed"]
+    notes.append(WIDENED)
     page = tuned.page(["cut", "tokens"], lines, rows, claims(found, numbers), notes, "claim")
     if len(numbers) == len(STARTS) * (1 + len(TOKENS)) and None not in numbers.values():
         page.figures = {"": _figure(numbers, next(iter(found.values())).cell["model"])}

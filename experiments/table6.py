@@ -71,7 +71,9 @@ def render(rows: Sequence[Row]) -> Page:
     found = sorted(studies(rows), key=lambda s: (TASKS.index(s.cell["task"]), s.cell["err"]))
     head = ["model", "task", "err asked", "mode", "paper, %", "err", "keep", "parameters", *asked.COLUMNS]
     body = [[*_labels(study), *asked.budget(study), *asked.values(study)] for study in found]
-    return Page(head, body, [*factors(rows), *asked.NOTES, *impossible(), *measured(rows)], claims(found))
+    alone = {study.cell["err"] for study in found if len(study.grid) > 1} == {TRIED_AT}
+    carried = [f"learning rates were tried at err {TRIED_AT:g} alone, and taken for the other models"] if alone else []
+    return Page(head, body, [*factors(rows), *carried, *asked.NOTES, *impossible(), *measured(rows)], claims(found))
 
 
 def _labels(study: Study) -> list[str]:

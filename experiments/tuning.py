@@ -23,6 +23,7 @@ from welore.records import HISTORY, read_history
 NEEDS = (HISTORY,)
 FACTORS = (0.25, 1.0, 4.0)  # of the learning rate that a mode has by default
 WIDEST = 5  # rates of a grid that was widened
+WIDENED = f"a grid whose best rate was its lowest or highest was widened, to {WIDEST} rates at most"
 SEEDS = {"laptop": [0, 1, 2], "paper": [0]}
 T_QUANTILES = (6.3138, 2.9200, 2.3534, 2.1318, 2.0150, 1.9432, 1.8946, 1.8595, 1.8331)  # one-sided 5 %, from 1 on
 SURELY = "by a paired t test over seeds, p < 0.05"
@@ -120,11 +121,14 @@ class Study:
 
     @property
     def beyond(self) -> float | None:
-        """The next rate on the side where the best one is the last; None where it lies inside, or the grid is wide."""
+        """The next rate on the side where the best one is the last, or below the lowest where all diverged; None where
+        there is none to try, or one of the grid is missing."""
         rates = sorted(self.grid)
-        if self.edge not in ("lowest", "highest") or len(rates) >= WIDEST:
+        if len(rates) < 2 or len(rates) >= WIDEST or any(row.missing for row in self.grid.values()):
             return None
-        last, before = rates[:2] if self.edge == "lowest" else rates[:-3:-1]
+        if self.chosen is not None and self.edge == "no":
+            return None
+        last, before = rates[:-3:-1] if self.edge == "highest" else rates[:2]
         return float(f"{last**2 / before:.6g}")
 
     @property

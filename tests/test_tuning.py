@@ -120,13 +120,22 @@ def test_the_other_seeds_follow_once_the_grid_is_done(tmp_path):
 )
 def test_a_grid_that_is_best_at_its_edge_is_widened_before_the_other_seeds_run(tmp_path, best, order):
     rows, tried = [made(tmp_path, cell, abs(cell["mode.lr"] - best)) for cell in tuning.grid(START)], []
-    while (cells := tuning.widened("laptop", rows)) and cells[0]["seed"] == 0:
+    for _ in range(tuning.WIDEST):
+        cells = tuning.widened("laptop", rows)
+        if cells[0]["seed"] != 0:
+            break
         assert tuning.widened("laptop", [*rows, Row(cells[0], why="never run")]) == []
         tried += [cell["mode.lr"] for cell in cells]
         rows += [made(tmp_path, cell, abs(cell["mode.lr"] - best)) for cell in cells]
     assert tried == pytest.approx(order)
     closest = min((row.cell["mode.lr"] for row in rows), key=lambda rate: abs(rate - best))
     assert [(cell["mode.lr"], cell["seed"]) for cell in cells] == [(closest, 1), (closest, 2)]
+
+
+def test_a_grid_of_which_every_rate_diverged_is_widened_downwards():
+    rows = [diverged(cell) for cell in tuning.grid(START)]
+    (next_one,) = tuning.widened("laptop", rows)
+    assert next_one["mode.lr"] == pytest.approx(0.00003125)
 
 
 def test_a_mean_over_seeds_with_its_standard_error(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import dynamic_module_utils
 
 from welore import checkpoint
 from welore.batches import _ids
@@ -74,7 +75,16 @@ class StrangerForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_a_model_with_code_that_is_trusted_by_name_is_compressed_saved_and_loaded(pristine, configured, tmp_path):
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """Where transformers puts the code that it runs."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+
+
+def test_a_model_with_code_that_is_trusted_by_name_is_compressed_saved_and_loaded(
+    pristine, configured, modules, tmp_path
+):
     folder = saved_model(pristine, tmp_path / "model")
     (folder / "modeling.py").write_text(CODE)
     auto = {"AutoConfig": "modeling.StrangerConfig", "AutoModelForCausalLM": "modeling.StrangerForCausalLM"}
@@ -85,7 +95,7 @@ def test_a_model_with_code_that_is_trusted_by_name_is_compressed_saved_and_loade
     with pytest.raises(Refused, match="write model.trust_remote_code=true"):
         run(configured(*overrides), tmp_path / "refused")
     trusting = configured(*overrides, "model.trust_remote_code=true")
-    assert fingerprint(trusting) == fingerprint(configured(*overrides))
+    assert fingerprint(trusting) != fingerprint(configured(*overrides))
     found = run(trusting, tmp_path / "run").metrics
     model, tokenizer = checkpoint.load(tmp_path / "run" / MODEL, torch.float32, trust_remote_code=True)
     assert type(model).__name__ == "StrangerForCausalLM" and factored_ranks(model)

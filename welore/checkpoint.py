@@ -144,15 +144,16 @@ def describe(model: PreTrainedModel, folder: Path) -> None:
     model.config.save_pretrained(folder)
 
 
-def blank(folder: Path) -> PreTrainedModel:
+def blank(folder: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that the `config.json` of a folder describes, factored where it says so, with random weights."""
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **trust)
     except (OSError, ValueError) as error:
         raise Refused(f"{folder} holds no readable config.json ({error}). Repeat its run with force=true.") from error
     factored = vars(config).pop("quantization_config", None)
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, **trust)
     for name, rank in WeloreConfig(**factored).ranks.items() if factored else ():
         replace(model, name, _empty_like(model.get_submodule(name), rank))
     _describe(model)

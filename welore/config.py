@@ -267,7 +267,8 @@ def science(config: Config) -> dict[str, Any]:
     answers nobody judges not on the judge.
     """
     chosen = {key: value for key, value in asdict(config).items() if key not in INFRASTRUCTURE}
-    chosen["model"].pop("trust_remote_code", None)  # no result of a model that loads without depends on it
+    if not config.model.runs_code:
+        chosen["model"].pop("trust_remote_code", None)
     chosen["identity"] = {"model": config.model.identity(), "task": config.task.identity()}
     del chosen["task"]["path"]
     if config.needs:

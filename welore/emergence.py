@@ -7,6 +7,8 @@ cut short goes on where it was.
 import json
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -65,7 +67,8 @@ class Subject:
         """In float32, every weight with a gradient, on the device of the run."""
         from welore import snapshots
 
-        model = snapshots.model_at(self.folder, step) if self.snapshots else self._as_loaded[0]
+        trust = self.config.model.runs_code
+        model = snapshots.model_at(self.folder, step, trust) if self.snapshots else self._as_loaded[0]
         return model.float().to(self.config.trainer.place()).requires_grad_(True)
 
     def identity(self, step: int) -> str:
@@ -82,7 +85,8 @@ class Subject:
         from welore import snapshots
 
         if self.snapshots:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder / snapshots.SNAPSHOTS)
+            trust = {"trust_remote_code": self.config.model.runs_code}
+            tokenizer = AutoTokenizer.from_pretrained(self.folder / snapshots.SNAPSHOTS, **trust)
         else:
             tokenizer = self._as_loaded[1]
         probe, task = self.config.probe, self.config.task
@@ -98,14 +102,20 @@ class Subject:
         return fixed, other
 
 
-def examine(config: Config, folder: Path) -> bool:
-    """Write what the probe of a config finds in the checkpoints of its run. False where it is there already."""
+def examine(config: Config, folder: Path, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+    """Write what the probe of a config finds in the checkpoints of its run, where it is not there already: then within
+    what `around` makes."""
     subject = Subject(config, folder, Cache(Path(config.outputs) / ".cache"))
     settings = digest(FORMAT, json.dumps(asdict(config.probe)), fingerprint(config))
     keys = {step: digest(settings, subject.identity(step)) for step in subject.steps}
     whole, file = digest(settings, *keys.values()), folder / probe_file(config.probe.name)
-    if _key(file) == whole:
-        return False
+    if _key(file) != whole:
+        with around():
+            _examine(subject, keys, whole, file)
+
+
+def _examine(subject: Subject, keys: dict[int, str], whole: str, file: Path) -> None:
+    config, folder = subject.config, subject.folder
     parts = folder / f"probe-{config.probe.name}"
     bent = _with_curvature(config.probe, subject.steps)
     if todo := [step for step in subject.steps if _key(parts / f"{step}.json") != keys[step]]:
@@ -122,7 +132,6 @@ def examine(config: Config, folder: Path) -> bool:
     found |= _between(parts, names, subject.steps, bent, config.probe)
     _write(found | {"seconds_between": time.perf_counter() - started}, file)
     shutil.rmtree(parts)
-    return True
 
 
 def _with_curvature(probe: Emergence, steps: list[int]) -> list[int]:

@@ -279,7 +279,7 @@ class Local(Language):
         self._at_least(batch=1)
         self.loaded: tuple[Any, Any] | None = None
         with _of_judge():
-            self.source = Pretrained(self.name, self.dtype, self.autocast, self.path, self.revision)
+            self.source = Pretrained(self.name, self.dtype, self.autocast, self.path, self.revision, False)
 
     def title(self) -> str:
         return f"judged by {self.path.rstrip('/').rpartition('/')[2]}"

@@ -74,9 +74,10 @@ class Wandb(Logger):
         try:
             yield [logger]
         finally:  # the next run of a sweep is another W&B run
-            error = sys.exc_info()[1]
+            raised = sys.exc_info()[1]
+            error = None if record.status == "done" else raised  # what comes after its end takes nothing back
             # What stops a run may have stopped the process of W&B too, and must not be hidden by what that raises.
-            with nullcontext() if error is None else suppress(Exception):
+            with nullcontext() if raised is None else suppress(Exception):
                 _conclude(logger.experiment, folder, record, error)
                 logger.experiment.finish(exit_code=0 if error is None else 1)
 

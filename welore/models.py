@@ -1,6 +1,9 @@
 """Where a language model comes from, and which of its weights can be compressed."""
 
 import importlib.util
+import inspect
+import json
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,6 +56,11 @@ class Model:
         """
         raise NotImplementedError
 
+    @property
+    def runs_code(self) -> bool:
+        """Whether Python files that come with it may run."""
+        return False
+
     def fetch(self) -> str | None:
         """Bring what `load` reads to this machine, for others without network that share its files. What was fetched;
         None where all is here."""
@@ -72,7 +80,7 @@ class Pretrained(Model):
 
     path: str
     revision: str | None
-    trust_remote_code: bool = False
+    trust_remote_code: bool
 
     def load(self, folder: Path, texts: TrainingTexts | None = None) -> tuple[PreTrainedModel, Any]:
         path = self._location()
@@ -87,11 +95,17 @@ class Pretrained(Model):
         _check_vocabulary(model, tokenizer, self.path)
         return model, tokenizer
 
+    @property
+    def runs_code(self) -> bool:
+        return self.trust_remote_code
+
     def fetch(self) -> str | None:
         if self._location() is not None:
             return None
-        code = ["*.py"] if self.trust_remote_code else []
-        return fetch_from_hub(self.path, self.revision, beside=[*BESIDE_WEIGHTS, *code])
+        fetched = fetch_from_hub(self.path, self.revision)
+        if self.trust_remote_code:
+            _fetch_code(self.path, self.revision)
+        return fetched
 
     def _from_gguf(self, path: Path, folder: Path) -> tuple[PreTrainedModel, Any]:
         """Dequantizing takes far longer than reading the result, which is therefore kept beside the other caches."""
@@ -267,20 +281,22 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> Non
         )
 
 
-def fetch_from_hub(
-    name: str,
-    revision: str | None = None,
-    key: str = "model.path",
-    weights: bool = True,
-    beside: Iterable[str] = BESIDE_WEIGHTS,
-) -> str:
+def fetch_from_hub(name: str, revision: str | None = None, key: str = "model.path", weights: bool = True) -> str:
     """Bring a model, or without `weights` its tokenizer alone, into the hub's local cache. Says what was fetched."""
     try:
         kinds = ["*.safetensors" if _has_safetensors(name, revision) else "*.bin"] if weights else []
-        snapshot_download(name, revision=revision, allow_patterns=[*kinds, *beside])
+        snapshot_download(name, revision=revision, allow_patterns=[*kinds, *BESIDE_WEIGHTS])
     except Exception as error:  # the hub's client raises what its transport does
         raise Refused(f"{key}={name} cannot be fetched: {reason(error, local=False, key=key)}") from error
     return f"{name} from the hub"
+
+
+def _fetch_code(name: str, revision: str | None) -> None:
+    """The Python files of a model, and those of other models that its config names (`owner/name--file.Class`)."""
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.py"]))
+    named = json.loads((folder / "config.json").read_text()).get("auto_map", {}).values()
+    for other in sorted({reference.partition("--")[0] for reference in named if "--" in reference}):
+        snapshot_download(other, allow_patterns=["*.py"])
 
 
 def _has_safetensors(name: str, revision: str | None) -> bool:
@@ -312,6 +328,9 @@ def _from_pretrained(source: Pretrained, path: str, **options) -> tuple[PreTrain
             f"model.path={path} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}: they "
             f"would be random. Put all of its weights beside its config.json."
         )
+    code = sys.modules[type(model).__module__]
+    if not code.__name__.startswith("transformers.models."):
+        model.config.code = digest(inspect.getsource(code))  # what is measured of the model depends on it
     return model.eval(), tokenizer
 
 
@@ -324,7 +343,7 @@ def reason(error: Exception, local: bool, key: str = "model.path") -> str:
         kinds.append(type(chain).__name__)
         chain = chain.__cause__ or chain.__context__
     names = " ".join(kinds)
-    if "trust_remote_code" in str(error):
+    if "trust_remote_code" in str(error) and key == "model.path":
         return (
             "it comes with Python code of its own, which is not run unless the config says so. Read that code, and if "
             "you trust it write model.trust_remote_code=true."

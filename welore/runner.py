@@ -7,8 +7,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,9 +147,15 @@ def _examine(config: Config, folder: Path, record: Record) -> None:
     if config.probe.examines:
         from welore.emergence import examine
 
-        if examine(config, folder):
-            with _loggers(config, folder, record) as loggers:
-                _log(record.metrics, loggers)
+        examine(config, folder, lambda: _logged_again(config, folder, record))
+
+
+@contextmanager
+def _logged_again(config: Config, folder: Path, record: Record) -> Iterator[None]:
+    """A finished run once more in W&B, for files that it is given now."""
+    with _loggers(config, folder, record) as loggers:
+        yield
+        _log(record.metrics, loggers)
 
 
 def _loggers(config: Config, folder: Path, record: Record) -> AbstractContextManager[list["Logger"]]:
@@ -214,8 +220,8 @@ def _call(model: PreTrainedModel, tokenizer: Any, folder: Path, division: Mappin
 
 def _help(config: Config, folder: Path, division: Mapping[str, int]) -> None:
     """What a process does that was called: its share of the training, and no more."""
-    trust = getattr(config.model, "trust_remote_code", False)
-    model, tokenizer = checkpoint.load(folder / CHECKPOINTS / MODEL, DTYPES[config.model.dtype], trust)
+    dtype, trust = DTYPES[config.model.dtype], config.model.runs_code
+    model, tokenizer = checkpoint.load(folder / CHECKPOINTS / MODEL, dtype, trust)
     config.mode.divide(division)
     tune(model.to(config.trainer.place()), tokenizer, config, folder, Cache(Path(config.outputs) / ".cache"), [])
 

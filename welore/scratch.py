@@ -101,7 +101,7 @@ def _named(name: str) -> Any:
     local = Path(name).expanduser().exists()
     known = {} if local or hub_answers(name) else {"local_files_only": True}
     try:
-        return AutoTokenizer.from_pretrained(name, **known)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **known)
     except (OSError, ValueError) as error:
         why = reason(error, local, "model.tokenizer")
         raise Refused(f"model.tokenizer={name} cannot be loaded: {why} Or write bpe, or bytes.") from error

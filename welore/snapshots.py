@@ -94,10 +94,10 @@ def load(run_folder: Path, step: int) -> dict[str, Tensor]:
         raise Refused(f"{file} is damaged or not whole ({error}). Repeat its run with force=true.") from error
 
 
-def model_at(run_folder: Path, step: int) -> PreTrainedModel:
+def model_at(run_folder: Path, step: int, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model after a step, in eval mode on the CPU."""
     state = load(run_folder, step)
-    model = checkpoint.blank(run_folder / SNAPSHOTS)
+    model = checkpoint.blank(run_folder / SNAPSHOTS, trust_remote_code)
     weights = named_weights(model)
     _check_same(weights, state, run_folder / SNAPSHOTS / file_name(step))
     with torch.no_grad():
