@@ -51,10 +51,7 @@ def _task(training: str) -> DictConfig:
 
 def then(scale: str, rows: Sequence[Row]) -> list[Cell]:
     """The other seeds of every study whose grid is done, at its best learning rate."""
-    done = [study for study in studies(rows) if study.chosen is not None]
-    return [
-        study.cell | {"mode.lr": study.chosen, "seed": seed} for study in done for seed in SEEDS[scale] if seed != 0
-    ]
+    return [cell for cell in carried(scale, rows, [{}]) if cell["seed"] != 0]
 
 
 def widened(scale: str, rows: Sequence[Row]) -> list[Cell]:
