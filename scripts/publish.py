@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # experiments/ is run from there, and is not installed
+
 from experiments.artefacts import gather, load
 from experiments.cells import Row, Runs, default_outputs
 from experiments.scales import local

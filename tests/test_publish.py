@@ -1,6 +1,7 @@
 """What is published of a run can be read on any machine."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +80,9 @@ def test_runs_that_an_artefact_lacks_are_counted_and_none_is_written(tmp_path, d
     assert not (tmp_path / "benchmarks").exists()
     assert publish.main([]) == 2
     assert publish.main(["figure44"]) == 2
+
+
+def test_it_starts_from_anywhere(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / "publish.py"), "--help"]
+    said = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode == 2 and "python scripts/publish.py" in said.stderr
