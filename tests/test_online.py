@@ -138,13 +138,16 @@ def test_a_record_is_the_same_after_its_way_through_wandb(api, tmp_path):
     assert [found for _, found in runs.latest.values()] == [record]
 
 
-def test_an_artefact_is_rebuilt_from_wandb_with_the_files_that_it_draws(api, tmp_path, capsys):
-    put(api, "figure7", tmp_path / "there")
-    assert main(["figure7", "source=wandb:me/welore", f"outputs={tmp_path / 'here'}"]) == 0
-    assert "# Figure 7" in capsys.readouterr().out
-    assert sorted(api.fetched) == ["ranks.json", "spectra.safetensors"]
-    assert main(["figure7", "source=wandb:me/welore", f"outputs={tmp_path / 'here'}"]) == 0
-    assert len(api.fetched) == 2  # they are kept
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [("figure7", ["ranks.json", "spectra.safetensors"]), ("figure2", ["probe-emergence.json"] * 3)],
+)
+def test_an_artefact_is_rebuilt_from_wandb_with_the_files_that_it_draws(name, files, api, tmp_path, capsys):
+    put(api, name, tmp_path / "there")
+    for _ in range(2):  # the second time they are there
+        assert main([name, "source=wandb:me/welore", f"outputs={tmp_path / 'here'}"]) == 0
+        assert f"# Figure {name[-1]}" in capsys.readouterr().out
+        assert sorted(api.fetched) == files
 
 
 def test_a_table_of_wandb_has_gaps_where_runs_are_missing(api, tmp_path, capsys):
