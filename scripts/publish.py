@@ -32,6 +32,8 @@ def main(arguments: Sequence[str]) -> int:
         if not arguments or {"-h", "--help"} & set(arguments):
             raise Refused(__doc__.strip())
         outputs = Path(default_outputs())
+        if not outputs.is_dir():
+            raise Refused(f"{outputs} is no folder of {Path.cwd()}. Start where the runs were started.")
         runs = Runs.of(records(outputs))
         found = {name: gather(load(name), "laptop", runs) for name in arguments}
         done = {name: [row for row in rows if not row.missing] for name, rows in found.items()}

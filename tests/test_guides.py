@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,12 +71,14 @@ def test_the_slurm_of_one_machine_does_what_the_guide_says(copy, slurm):
     """In a folder of its own; the fixture of the other tests skips where Slurm cannot be installed."""
     (script,) = [content for kind, content in blocks("cluster.md") if kind == "sh"]
     place = copy / "slurm"
+    started = time.monotonic()
     try:
         done = shell(script.replace("/tmp/slurm", str(place)), copy)
     finally:
         shell(f"scripts/slurm_here.sh stop {place}", copy)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("record.json") == 4
+    assert time.monotonic() - started < 300  # from nothing to four finished jobs
 
 
 def test_a_block_is_run_or_says_that_it_is_not():

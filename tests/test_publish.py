@@ -82,7 +82,7 @@ def test_runs_that_an_artefact_lacks_are_counted_and_none_is_written(tmp_path, d
     assert publish.main(["figure44"]) == 2
 
 
-def test_it_starts_from_anywhere(tmp_path):
-    script = [sys.executable, str(ROOT / "scripts" / "publish.py"), "--help"]
+def test_it_starts_from_anywhere_and_says_where_there_are_no_runs(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / "publish.py"), "table5"]
     said = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True)
-    assert said.returncode == 2 and "python scripts/publish.py" in said.stderr
+    assert said.returncode == 2 and "outputs is no folder of" in said.stderr

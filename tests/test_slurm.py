@@ -23,13 +23,15 @@ LAUNCHER = ["hydra/launcher=slurm", *(f"hydra.launcher.{option}" for option in N
 
 @pytest.fixture
 def client(slurm):
-    """A function that runs a command of Slurm and returns what it prints."""
+    """A function that runs a command of Slurm and returns what it prints. No job outlives its test."""
 
     def client(*command):
         environment = os.environ | slurm
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
 
-    return client
+    yield client
+    client("scancel", "--user=root")
+    until(lambda: not client("squeue", "--noheader"))
 
 
 def records(outputs):
@@ -144,6 +146,11 @@ def logs(outputs):
     return "".join(path.read_text() for path in sorted((outputs / "slurm").rglob("*_log.err")))
 
 
+def lives(folder):
+    """The W&B run of each life of a run."""
+    return [path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")]
+
+
 @pytest.fixture
 def interrupted(cli, slurm, client, tmp_path):
     """A function that launches a long training and interrupts its job after step 20: the run's folder, and what the
@@ -195,31 +202,31 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_ends_as_one_that_was_nev
     assert done.returncode == 0, done.stderr + said
     assert "stopped by a signal after step" in said and "go on after step" in said
     assert "Traceback" not in said
-    lives = [path.name for path in (folder / "wandb").glob("offline-run-*")]
-    assert len(lives) == 2 and {name.rpartition("-")[2] for name in lives} == {Record.read(folder).fingerprint}
+    assert lives(folder) == [Record.read(folder).fingerprint] * 2
     same_as_one_that_was_never_stopped(folder, *processes)
 
 
 def test_a_killed_job_that_is_launched_again_goes_on_from_its_last_checkpoint(
     interrupted, same_as_one_that_was_never_stopped, cli, slurm, tmp_path
 ):
-    options = ["trainer.checkpoint_every=10"]
+    options = ["trainer.checkpoint_every=10", "logger=offline"]
     folder, first = interrupted(kill, *options)
     assert first.returncode == 1 and "left no result" in first.stderr
     again = cli(*LAUNCHER, *LONG, *options, multirun=True, timeout=500, **slurm)
     assert again.returncode == 0, again.stderr
     assert "go on after step" in logs(tmp_path / "outputs")
+    assert lives(folder) == [Record.read(folder).fingerprint] * 2
     same_as_one_that_was_never_stopped(folder)
 
 
 def test_a_job_goes_on_after_its_time_limit(cli, slurm, client, tmp_path):
-    """Slurm tells it half a minute to a minute and a half before two minutes are over. A job without a limit trains
+    """Slurm tells it half a minute to a minute and a half before three minutes are over. A job without a limit trains
     beside it, to be compared with."""
     limited, free = (tmp_path / name / "outputs" for name in ("limited", "free"))
-    minutes = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30"]
+    minutes = ["hydra.launcher.timeout_min=3", "hydra.launcher.signal_delay_s=30"]
 
     def launch(outputs, *options):
-        return cli(*LAUNCHER, *ENDLESS, *options, f"outputs={outputs}", multirun=True, timeout=500, **slurm)
+        return cli(*LAUNCHER, *ENDLESS, *options, f"outputs={outputs}", multirun=True, timeout=900, **slurm)
 
     def gone_on():
         return "go on after step" in logs(limited) and begun(limited, stopped_after(limited))
@@ -230,7 +237,7 @@ def test_a_job_goes_on_after_its_time_limit(cli, slurm, client, tmp_path):
     with ThreadPoolExecutor() as threads:
         launched = [threads.submit(launch, limited, *minutes), threads.submit(launch, free)]
         try:
-            ours = until(gone_on, 400)[0]
+            ours = until(gone_on, 500)[0]
             theirs = until(lambda: begun(free, stopped_after(limited)))[0]
             assert "Traceback" not in logs(limited)
         finally:

@@ -64,15 +64,21 @@ def test_code_beside_a_model_is_not_run(pristine, tmp_path, mark):
         load(folder)
 
 
-CODE = """
-from transformers import LlamaConfig, LlamaForCausalLM
+CODE = {
+    "settings.py": """
+from transformers import LlamaConfig
 
 class StrangerConfig(LlamaConfig):
     model_type = "stranger"
+""",
+    "modeling.py": """
+from transformers import LlamaForCausalLM
+from .settings import StrangerConfig
 
 class StrangerForCausalLM(LlamaForCausalLM):
     config_class = StrangerConfig
-"""
+""",
+}
 
 
 @pytest.fixture
@@ -86,8 +92,9 @@ def test_a_model_with_code_that_is_trusted_by_name_is_compressed_saved_and_loade
     pristine, configured, modules, tmp_path
 ):
     folder = saved_model(pristine, tmp_path / "model")
-    (folder / "modeling.py").write_text(CODE)
-    auto = {"AutoConfig": "modeling.StrangerConfig", "AutoModelForCausalLM": "modeling.StrangerForCausalLM"}
+    for file, code in CODE.items():
+        (folder / file).write_text(code)
+    auto = {"AutoConfig": "settings.StrangerConfig", "AutoModelForCausalLM": "modeling.StrangerForCausalLM"}
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "stranger", "auto_map": auto}
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["StrangerForCausalLM"]}))
     small = ["model.dtype=float32", "task/protocol=smoke", "task/training=smoke", "trainer.progress=false"]
@@ -102,6 +109,13 @@ def test_a_model_with_code_that_is_trusted_by_name_is_compressed_saved_and_loade
     assert count_parameters(model) == found["tuned/parameters"]
     measured = trusting.task.benchmark(tokenizer, Cache(tmp_path / ".cache")).measure(model, None, "saved").stage
     assert measured["perplexity"] == found["tuned/perplexity"]
+    (tmp_path / "described").mkdir()
+    checkpoint.describe(model, tmp_path / "described")  # as snapshots do
+    blank = checkpoint.blank(tmp_path / "described", trust_remote_code=True)
+    assert type(blank).__name__ == "StrangerForCausalLM" and factored_ranks(blank) == factored_ranks(model)
+    (folder / "settings.py").write_text(CODE["settings.py"] + "\nCHANGED = True\n")
+    again = configured(*overrides, "model.trust_remote_code=true").model.load(tmp_path)[0]
+    assert again.config.code != model.config.code
 
 
 def test_pickled_weights_are_read_as_weights_alone(pristine, tmp_path, mark):

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -141,6 +142,8 @@ def describe(model: PreTrainedModel, folder: Path) -> None:
     """Write the `config.json` from which `blank` builds a model of these shapes."""
     _describe(model)
     model.config.dtype = model.dtype
+    if model._auto_class is not None:  # an architecture of its own
+        custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
 
 

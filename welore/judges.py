@@ -333,4 +333,5 @@ def _of_judge() -> Iterator[None]:
     try:
         yield
     except Refused as refused:
-        raise Refused(re.sub(r"\bmodel([.=])", r"judge\1", str(refused))) from refused
+        said = re.sub(r"which is not run unless .*", "which is not run: take another judge.", str(refused))
+        raise Refused(re.sub(r"\bmodel([.=])", r"judge\1", said)) from refused

@@ -1,8 +1,8 @@
 """Where a language model comes from, and which of its weights can be compressed."""
 
 import importlib.util
-import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from welore.cache import digest, half
 from welore.errors import Refused
@@ -102,10 +103,7 @@ class Pretrained(Model):
     def fetch(self) -> str | None:
         if self._location() is not None:
             return None
-        fetched = fetch_from_hub(self.path, self.revision)
-        if self.trust_remote_code:
-            _fetch_code(self.path, self.revision)
-        return fetched
+        return fetch_from_hub(self.path, self.revision, code=self.trust_remote_code)
 
     def _from_gguf(self, path: Path, folder: Path) -> tuple[PreTrainedModel, Any]:
         """Dequantizing takes far longer than reading the result, which is therefore kept beside the other caches."""
@@ -281,21 +279,27 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> Non
         )
 
 
-def fetch_from_hub(name: str, revision: str | None = None, key: str = "model.path", weights: bool = True) -> str:
+def fetch_from_hub(
+    name: str, revision: str | None = None, key: str = "model.path", weights: bool = True, code: bool = False
+) -> str:
     """Bring a model, or without `weights` its tokenizer alone, into the hub's local cache. Says what was fetched."""
     try:
         kinds = ["*.safetensors" if _has_safetensors(name, revision) else "*.bin"] if weights else []
         snapshot_download(name, revision=revision, allow_patterns=[*kinds, *BESIDE_WEIGHTS])
+        if code:
+            _fetch_code(name, revision)
     except Exception as error:  # the hub's client raises what its transport does
         raise Refused(f"{key}={name} cannot be fetched: {reason(error, local=False, key=key)}") from error
     return f"{name} from the hub"
 
 
 def _fetch_code(name: str, revision: str | None) -> None:
-    """The Python files of a model, and those of other models that its config names (`owner/name--file.Class`)."""
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.py"]))
-    named = json.loads((folder / "config.json").read_text()).get("auto_map", {}).values()
-    for other in sorted({reference.partition("--")[0] for reference in named if "--" in reference}):
+    """The Python files of a model, and those of other models that it names (`owner/name--file.Class`)."""
+    folder, others = Path(snapshot_download(name, revision=revision, allow_patterns=["*.py"])), set()
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        named = json.loads(file.read_text()).get("auto_map") if file.exists() else None
+        others |= set(re.findall(r'"([^"]+)--', json.dumps(named)))
+    for other in sorted(others):
         snapshot_download(other, allow_patterns=["*.py"])
 
 
@@ -321,16 +325,16 @@ def _from_pretrained(source: Pretrained, path: str, **options) -> tuple[PreTrain
         model, report = AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[source.dtype], output_loading_info=True, **options
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise Refused(f"model.path={path} cannot be loaded: {reason(error, local=Path(path).exists())}") from error
     if missing := sorted(report["missing_keys"]):
         raise Refused(
             f"model.path={path} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}: they "
             f"would be random. Put all of its weights beside its config.json."
         )
-    code = sys.modules[type(model).__module__]
-    if not code.__name__.startswith("transformers.models."):
-        model.config.code = digest(inspect.getsource(code))  # what is measured of the model depends on it
+    if model._auto_class is not None:  # an architecture of its own: what is measured of it depends on its code
+        file = sys.modules[type(model).__module__].__file__
+        model.config.code = digest(*(Path(f).read_bytes() for f in sorted({file, *get_relative_import_files(file)})))
     return model.eval(), tokenizer
 
 

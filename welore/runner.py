@@ -154,8 +154,8 @@ def _examine(config: Config, folder: Path, record: Record) -> None:
 def _logged_again(config: Config, folder: Path, record: Record) -> Iterator[None]:
     """A finished run once more in W&B, for files that it is given now."""
     with _loggers(config, folder, record) as loggers:
-        yield
         _log(record.metrics, loggers)
+        yield
 
 
 def _loggers(config: Config, folder: Path, record: Record) -> AbstractContextManager[list["Logger"]]:
