@@ -1,6 +1,6 @@
 """Table 6: accuracy of dense and compressed models on six benchmarks, tuned by full, LoRA, GaLore and WeLore.
 
-Cost: laptop 12 runs and 29 that follow, a guess of 7 minutes each on 2 CPU cores; paper 270 runs, never measured.
+Cost: laptop 12 runs and 29 that follow, half an hour or more each beside other work; paper 270 runs, never measured.
 
 At laptop scale the benchmark is CoinFlip, and the factors are K-FAC's at WeLore's ranks: with plain ones the small
 model is no language model any more, and the paper tunes models that it had trained on C4 before. There only the
