@@ -16,8 +16,8 @@ COLUMNS = ["err", "keep", "parameters", "dense", "untuned", "tuned", "seeds", "l
 COLUMNS += ["trained", "tokens", "tokens/s", "peak GiB", "optimizer MB", "device", "flag"]
 NOTES = [
     f"learning rate: of {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default, and of those "
-    "by which the grid was widened, the one with the least validation perplexity at the end, on seed 0; the other seeds run "
-    "at it. Tokens and precision are equal",
+    "by which the grid was widened, the one with the least validation perplexity at the end, on seed 0; the other seeds "
+    "run at it. Tokens and precision are equal",
     "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0; claims on "
     "them compare runs on one device, and say nothing where the modes share none",
     "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
