@@ -15,8 +15,8 @@ from welore.report import number
 COLUMNS = ["err", "keep", "parameters", "dense", "untuned", "tuned", "seeds", "learning rate", "best at the edge"]
 COLUMNS += ["trained", "tokens", "tokens/s", "peak GiB", "optimizer MB", "device", "flag"]
 NOTES = [
-    f"learning rate: of {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default, and of those "
-    "by which the grid was widened, the one with the least validation perplexity at the end, on seed 0; the other seeds "
+    f"learning rate: of {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default, and of those by "
+    "which the grid was widened, the one with the least validation perplexity at the end, on seed 0; the other seeds "
     "run at it. Tokens and precision are equal",
     "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0; claims on "
     "them compare runs on one device, and say nothing where the modes share none",
