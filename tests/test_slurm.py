@@ -209,13 +209,12 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_ends_as_one_that_was_nev
 def test_a_killed_job_that_is_launched_again_goes_on_from_its_last_checkpoint(
     interrupted, same_as_one_that_was_never_stopped, cli, slurm, tmp_path
 ):
-    options = ["trainer.checkpoint_every=10", "logger=offline"]
+    options = ["trainer.checkpoint_every=10"]
     folder, first = interrupted(kill, *options)
     assert first.returncode == 1 and "left no result" in first.stderr
     again = cli(*LAUNCHER, *LONG, *options, multirun=True, timeout=500, **slurm)
     assert again.returncode == 0, again.stderr
     assert "go on after step" in logs(tmp_path / "outputs")
-    assert lives(folder) == [Record.read(folder).fingerprint] * 2
     same_as_one_that_was_never_stopped(folder)
 
 

@@ -1,6 +1,7 @@
 """The story of one run: load, spectra, ranks, factorize, select, fit, evaluate, record."""
 
 import gc
+import logging
 import math
 import os
 import signal
@@ -73,6 +74,7 @@ def _requeue() -> None:
     if callable(handler):
         if wandb := sys.modules.get("wandb"):
             wandb.teardown()  # Slurm ends its service with the job, and the exit of this process would miss it
+        logging.raiseExceptions = False  # the signals of the requeue come while submitit is logging the one before
         handler(REQUEUE, None)  # it exits, or raises where the job was requeued too often
         time.sleep(LEAVE)  # in all processes but the first, which Slurm ends when it requeues the job
 
