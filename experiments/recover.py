@@ -45,8 +45,8 @@ def render(rows: Sequence[Row]) -> Page:
     for start in STARTS:
         numbers["0", start] = found[str(TOKENS[0]), start].untuned
     lines = [([start, tokens], study) for (tokens, start), study in found.items()]
-    notes = ["untuned: 0 tokens", f"{TOKENS[1]:,} tokens: at the rate that was chosen on {TOKENS[0]:,}, on every seed"]
-    notes.append(WIDENED)
+    rate = f"{TOKENS[1]:,} tokens: at the rate that was chosen on {TOKENS[0]:,}, on every seed"
+    notes = ["untuned: 0 tokens", rate, WIDENED]
     page = tuned.page(["cut", "tokens"], lines, rows, claims(found, numbers), notes, "claim")
     if len(numbers) == len(STARTS) * (1 + len(TOKENS)) and None not in numbers.values():
         page.figures = {"": _figure(numbers, next(iter(found.values())).cell["model"])}
