@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from welore import measure
+from welore.fit import Whole
 from welore.measure import WARM_UP_STEPS, Throughput, give_back, peak_memory
 
 CPU = torch.device("cpu")
@@ -41,6 +42,18 @@ def test_what_was_freed_goes_back_so_that_the_next_peak_counts_it():
         pieces = [torch.ones(2**14) for _ in range(3200)]
         assert peak.gib - before == pytest.approx(MIB_200, abs=0.03)
     assert len(pieces) == 3200 and last.sum() == 2**14
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets an earlier peak")
+def test_a_checkpoint_is_no_memory_of_training(tmp_path):
+    checkpoints, last = Whole(), tmp_path / "last.ckpt"
+    state = {"weights": torch.ones(200 * 2**20 // 4)}
+    with peak_memory(CPU) as peak:
+        before = peak.gib
+        checkpoints.save_checkpoint(state, last)
+        checkpoints.write()
+        assert peak.gib - before < MIB_200 / 4
+    assert torch.equal(torch.load(last, weights_only=True)["weights"], state["weights"])
 
 
 def test_the_gib_is_1024_cubed_bytes(monkeypatch):

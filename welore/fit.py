@@ -1,6 +1,5 @@
 """Lightning's Trainer: fit, checkpoint, resume."""
 
-import io
 import logging
 import os
 import signal
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 
 from welore import processes
 from welore.batches import Batches
-from welore.cache import whole
+from welore.cache import half
 from welore.errors import Interrupted
 from welore.history import History
 from welore.measure import Throughput
@@ -83,10 +82,13 @@ def fit(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        with recomputed(tuner.model, trainer.recompute):
-            runner.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-        runner.save_checkpoint(last)  # what comes after training may fail, and must not cost it
-        checkpoints.write()
+        try:
+            with recomputed(tuner.model, trainer.recompute):
+                runner.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+            runner.save_checkpoint(last)  # what comes after training may fail, and must not cost it
+            checkpoints.write()
+        finally:
+            checkpoints.discard()
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, REQUEUE)  # the last one wins: Slurm sends SIGTERM after it
@@ -174,24 +176,31 @@ class Stop(Callback):
 class Whole(TorchCheckpointIO):
     """Checkpoints that appear on `write`, whole or not at all: a kill or a full disk leaves the one before.
 
-    Lightning moves a file there from the folder for temporary ones, which copies it where that is another disk.
+    Until then one lies beside it. Lightning's own would be put together in memory, where it counts as memory of
+    training, and be moved from the folder for temporary files, which copies it where that is another disk.
     """
 
     def __init__(self) -> None:
-        self.held: tuple[Path, io.BytesIO] | None = None
+        self.waiting: Path | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
-        self.held = None  # one of the same step
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        self.held = Path(path), content
+        self.waiting = Path(path)
+        self.waiting.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with half(self.waiting).open("wb") as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch hides why a file cannot be written
+            raise (error.__context__ or error) from None
 
     def write(self) -> None:
-        if self.held:
-            path, content = self.held
-            with whole(path) as part:
-                part.write_bytes(content.getbuffer())
-            self.held = None
+        if self.waiting:
+            half(self.waiting).replace(self.waiting)
+            self.waiting = None
+
+    def discard(self) -> None:
+        if self.waiting:
+            half(self.waiting).unlink(missing_ok=True)
+            self.waiting = None
 
 
 def _checkpoints(last: Path, every: int) -> ModelCheckpoint:
