@@ -13,7 +13,7 @@ from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
 from experiments.tuned import Numbers, lower, sure
-from experiments.tuning import SURELY, WIDENED, Study, studies
+from experiments.tuning import SURELY, Study, studies
 from welore.plots import lines_figure
 
 NEEDS = tuning.NEEDS
@@ -36,7 +36,7 @@ def then(scale: str, rows: Sequence[Row]) -> list[Cell]:
     """The other seeds on the fewer tokens, and every seed on the more, at the rate that the fewer have chosen."""
     fewer = [row for row in rows if row.cell["task.training.tokens"] == TOKENS[0]]
     longer = tuning.carried(scale, tuning.wide_enough(fewer), [{"task.training.tokens": TOKENS[1]}])
-    return tuning.widened(scale, fewer) + longer
+    return tuning.then(scale, fewer) + longer
 
 
 def render(rows: Sequence[Row]) -> Page:
@@ -46,7 +46,7 @@ def render(rows: Sequence[Row]) -> Page:
         numbers["0", start] = found[str(TOKENS[0]), start].untuned
     lines = [([start, tokens], study) for (tokens, start), study in found.items()]
     rate = f"{TOKENS[1]:,} tokens: at the rate that was chosen on {TOKENS[0]:,}, on every seed"
-    notes = ["untuned: 0 tokens", rate, WIDENED]
+    notes = ["untuned: 0 tokens", rate]
     page = tuned.page(["cut", "tokens"], lines, rows, claims(found, numbers), notes, "claim")
     if len(numbers) == len(STARTS) * (1 + len(TOKENS)) and None not in numbers.values():
         page.figures = {"": _figure(numbers, next(iter(found.values())).cell["model"])}

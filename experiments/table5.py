@@ -16,8 +16,7 @@ from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, calibrated_on, factors, setting
 from experiments.tuned import Numbers, bounded, lower, rising, sure
-from experiments.tuning import SURELY, WIDENED, Study, studies
-from experiments.tuning import widened as then  # noqa: F401, the cells that follow
+from experiments.tuning import SURELY, Study, studies, then  # noqa: F401, the cells that follow
 from welore import metrics
 
 NEEDS = tuning.NEEDS
@@ -62,7 +61,7 @@ def cells(scale: str) -> list[Cell]:
 def render(rows: Sequence[Row]) -> Page:
     found = studies(rows)
     head = ["model", "err asked", "mode", "paper, parameters", "paper, tuned", "paper, MB"]
-    notes = ["beside a model that the paper does not have stand its numbers for LLaMa-2 7B", WIDENED, *factors(rows)]
+    notes = ["beside a model that the paper does not have stand its numbers for LLaMa-2 7B", *factors(rows)]
     return tuned.page(head, [(_labels(study), study) for study in found], rows, claims(found), notes)
 
 
@@ -77,7 +76,7 @@ def _labels(study: Study) -> list[str]:
 def claims(found: Sequence[Study]) -> list[Claim]:
     seeded = {(f"{s.cell['model']} {s.cell['err']:g}", s.cell["mode"]): s for s in found}
     ours = {place: study.perplexity for place, study in seeded.items()}
-    memory = tuned.costs(seeded, metrics.FIT_PEAK_GIB)
+    memory = tuned.costs(seeded, metrics.TRAIN_PEAK_GIB)
     models = list(dict.fromkeys(study.cell["model"] for study in found))
     errs = list(dict.fromkeys(study.cell["err"] for study in found))
 

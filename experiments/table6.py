@@ -61,10 +61,10 @@ def cells(scale: str) -> list[Cell]:
 def then(scale: str, rows: Sequence[Row]) -> list[Cell]:
     """The other seeds at the rates that were chosen; at laptop scale the other models at these rates, too."""
     if scale == "paper":
-        return tuning.then(scale, rows)
+        return tuning.other_seeds(scale, rows)
     tried = [row for row in rows if row.cell["err"] == TRIED_AT]
     others = tuning.carried(scale, tried, [{"err": err} for err in ERRS[scale] if err != TRIED_AT])
-    return tuning.then(scale, tried) + [cell for cell in others if (cell["err"], cell["mode"]) in PAPER]
+    return tuning.other_seeds(scale, tried) + [cell for cell in others if (cell["err"], cell["mode"]) in PAPER]
 
 
 def render(rows: Sequence[Row]) -> Page:

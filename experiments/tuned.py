@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from experiments.cells import Row
 from experiments.compare import below, budget, joined, measured, ratio
 from experiments.page import Claim, Outcomes, Page, cited
-from experiments.tuning import FACTORS, Study, curve, surely_below, validation_curve
+from experiments.tuning import FACTORS, WIDEST, Study, curve, surely_below, validation_curve
 from welore import metrics
 from welore.measure import GIB
 from welore.plots import training_figure
@@ -15,9 +15,9 @@ from welore.report import number
 COLUMNS = ["err", "keep", "parameters", "dense", "untuned", "tuned", "seeds", "learning rate", "best at the edge"]
 COLUMNS += ["trained", "tokens", "tokens/s", "peak GiB", "optimizer MB", "device", "flag"]
 NOTES = [
-    f"learning rate: of {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default, and of those by "
-    "which the grid was widened, the one with the least validation perplexity at the end, on seed 0; the other seeds "
-    "run at it. Tokens and precision are equal",
+    f"learning rate: the one with the least validation perplexity at the end, on seed 0; the other seeds run at it. "
+    f"Tried: {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default, and while the best was the "
+    f"lowest or highest one beyond it, up to {WIDEST} in all. Tokens and precision are equal",
     "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0; claims on "
     "them compare runs on one device, and say nothing where the modes share none",
     "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
@@ -61,10 +61,16 @@ def _cost(row: Row) -> list[str]:
         "—" if trained is None else f"{trained / 1e6:,.2f}M",
         number(row.found(metrics.FIT_TOKENS), 0),
         number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
-        number(row.found(metrics.FIT_PEAK_GIB), 2),
+        number(logged(row, metrics.TRAIN_PEAK_GIB), 2),
         number(optimizer, 1),
         _device(row),
     ]
+
+
+def logged(row: Row, metric: metrics.Metric) -> float | None:
+    """The last that the log of training has, so that peak memory is that of steps alone; else that of the record."""
+    values = curve(row.folder, metric.key)
+    return values[-1][1] if values else row.found(metric)
 
 
 def _device(row: Row) -> str:
@@ -96,7 +102,7 @@ def value(study: Study | None, metric: metrics.Metric) -> float | None:
     """Of the run that stands for a study; None while the study is not whole."""
     if study is None or study.missing or study.first is None:
         return None
-    return study.first.found(metric)
+    return logged(study.first, metric)
 
 
 def costs(found: Found, metric: metrics.Metric) -> Numbers:
@@ -110,7 +116,7 @@ def costs(found: Found, metric: metrics.Metric) -> Numbers:
         by_device = [{_device(row): row for row in reversed(study.runs) if row.record} for study in studies.values()]
         shared = [device for device in by_device[0] if all(device in runs for runs in by_device)]
         for column, runs in zip(studies, by_device, strict=True):
-            numbers[place, column] = runs[shared[-1]].found(metric) if shared else None
+            numbers[place, column] = logged(runs[shared[-1]], metric) if shared else None
     return numbers
 
 

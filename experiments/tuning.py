@@ -1,7 +1,8 @@
 """Modes compared fairly: each at the learning rate of a grid that is best on validation text, then on more seeds.
 
-A study is one way to tune one model. Its grid runs on the first seed; the other seeds run at the rate that won, so
-that they are cells only once the grid is done (`then`). Tokens and precision are those of the setting, for all alike.
+A study is one way to tune one model. Its grid runs on the first seed, and is widened where the best rate is the last
+on its side; the other seeds run at the rate that won. Both are cells only once the grid is done (`then`). Tokens and
+precision are those of the setting, for all alike.
 """
 
 import json
@@ -23,7 +24,6 @@ from welore.records import HISTORY, read_history
 NEEDS = (HISTORY,)
 FACTORS = (0.25, 1.0, 4.0)  # of the learning rate that a mode has by default
 WIDEST = 5  # rates of a grid that was widened
-WIDENED = f"a grid whose best rate was its lowest or highest was widened, to {WIDEST} rates at most"
 SEEDS = {"laptop": [0, 1, 2], "paper": [0]}
 T_QUANTILES = (6.3138, 2.9200, 2.3534, 2.1318, 2.0150, 1.9432, 1.8946, 1.8595, 1.8331)  # one-sided 5 %, from 1 on
 SURELY = "by a paired t test over seeds, p < 0.05"
@@ -50,18 +50,18 @@ def _task(training: str) -> DictConfig:
 
 
 def then(scale: str, rows: Sequence[Row]) -> list[Cell]:
-    """The other seeds of every study whose grid is done, at its best learning rate."""
+    """The next rate of every study that is best at an edge of its grid, and the other seeds of those that are not."""
+    edges = [study.cell | {"mode.lr": study.beyond, "seed": 0} for study in studies(rows) if study.beyond is not None]
+    return edges + other_seeds(scale, wide_enough(rows))
+
+
+def other_seeds(scale: str, rows: Sequence[Row]) -> list[Cell]:
+    """Those of every study whose grid is done, at its best learning rate."""
     return [cell for cell in carried(scale, rows, [{}]) if cell["seed"] != 0]
 
 
-def widened(scale: str, rows: Sequence[Row]) -> list[Cell]:
-    """As `then`; but a study that is best at an edge of its grid is first given the next rate beyond it."""
-    edges = [study.cell | {"mode.lr": study.beyond, "seed": 0} for study in studies(rows) if study.beyond is not None]
-    return edges + then(scale, wide_enough(rows))
-
-
 def wide_enough(rows: Sequence[Row]) -> list[Row]:
-    """Those of studies that `widened` gives no other rate."""
+    """Those of studies that `then` gives no other rate."""
     return [row for study in studies(rows) if study.beyond is None for row in study.rows]
 
 
