@@ -1,6 +1,6 @@
 """Figure 5: tuning the LRCs against tuning all compressible weights of the same compressed model.
 
-Cost: laptop 6 runs and at least 4 that follow, half of them of Figure 4, about 20 minutes; paper 6 runs, never measured.
+Cost: laptop 6 runs and at least 4 that follow, half of them of Figure 4, about 20 minutes; paper 6, never measured.
 
 The paper prints no number of it but the ratios in its text. What the FLOPs allow is far from 3 times the tokens/s.
 """

@@ -137,7 +137,8 @@ def leave_spectra(folder):
             spectra[name] = torch.linspace(1, 0, 10) ** (20.0 if steep else 0.5)
             ranks[name] = 1 if steep or layer == 0 else None
     save_file(spectra, folder / "spectra.safetensors")
-    (folder / "history.jsonl").write_text('{"step": 0, "train/loss": 3.0, "train/peak_gib": 2.0, "validation/perplexity": 20.0}\n')
+    line = {"step": 0, "train/loss": 3.0, "train/peak_gib": 2.0, "validation/perplexity": 20.0}
+    (folder / "history.jsonl").write_text(json.dumps(line) + "\n")
     for stage in ("compressed", "tuned"):
         lines = [{"verdict": "right"} | rated_twice(6, None), {"verdict": "unparsed"} | rated_twice(6, 7)]
         (folder / f"answers-{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
