@@ -2,30 +2,33 @@
 
 usage: python scripts/bench_inference.py [--model smollm2_135m] [--err 0.3 0.5] [--batch 1 4] [--prompt 512]
            [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--out FILE.json] [overrides]
+       python scripts/bench_inference.py --rounds 0 --batch 1 --prompt 512 1024 2048 4096      memory alone
        python scripts/bench_inference.py --seven-b      the shapes of LLaMA-2-7B with random weights; needs a GPU
 
 Dense and compressed take turns on the same prompt, each as it is and fused (welore/fuse.py). A compressed model is
 slower than it need be where a ratio of speeds is below both the ratio of FLOPs and that of bytes. Peak memory is
-measured in a process for each model, as it is.
+measured in a process for each model, as it is, at the largest batch and every length.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from bench import SEVEN_B, compressed
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from welore.cache import Cache
+from welore.checkpoint import describe
 from welore.config import Config, compose, to_config
 from welore.fuse import fuse
 from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, prefill_flops, race
-from welore.measure import GIB, peak_memory
+from welore.measure import GIB, give_back, peak_memory
 from welore.models import DTYPES, count_bytes
 from welore.provenance import environment
 
@@ -100,30 +103,48 @@ def line(row: dict) -> str:
     return "\n".join(lines)
 
 
-def memory(arguments: argparse.Namespace, config: Config, device: torch.device) -> dict[str, float | None]:
-    """Peak of one prefill and a few decoding steps at the largest batch and the longest prompt, all included.
+def memory(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, float | None]]:
+    """Peak of one prefill and a few decoding steps of the model in a folder, by length of the prompt.
 
-    On a CPU what the process held before the model was there is said too.
+    All is included; what a process on a CPU held before the model was there is said too. The model is one that was
+    saved, as users have it: a process that has compressed one keeps what that took.
     """
     with peak_memory(device) as before:
         held = before.gib
-    model = load(config, device, arguments.dtype, config.err if arguments.only != DENSE else None)
-    batch, length = max(arguments.batch), max(arguments.prompt)
-    with peak_memory(device) as peak:
-        generate(model, prompt(model, batch, length), 4)
+    model = AutoModelForCausalLM.from_pretrained(arguments.only, dtype=DTYPES[arguments.dtype]).to(device).eval()
+    return [peak_at(model, max(arguments.batch), length, held) for length in sorted(arguments.prompt)]
+
+
+def peak_at(model: PreTrainedModel, batch: int, length: int, held: float) -> dict[str, float | None]:
+    ids_BL = prompt(model, batch, length)
+    give_back(ids_BL.device)  # of what a shorter prompt has freed
+    with peak_memory(ids_BL.device) as peak:
+        generate(model, ids_BL, 4)
         return {
+            "batch": batch,
+            "prompt": length,
             "peak GiB": peak.gib,
             "reserved GiB": peak.reserved_gib,
             "before the model GiB": held,
             "weights GiB": count_bytes(model) / GIB,
-            "KV cache GiB": cache_bytes(model.config, batch, length + 3, DTYPES[arguments.dtype].itemsize) / GIB,
+            "KV cache GiB": cache_bytes(model.config, batch, length + 3, model.dtype.itemsize) / GIB,
         }
 
 
-def alone(arguments: list[str], name: str) -> dict:
-    output = subprocess.run(
-        [sys.executable, __file__, f"--only={name}", *arguments], check=True, stdout=subprocess.PIPE, text=True
-    )
+def alone(arguments: argparse.Namespace, config: Config, device: torch.device, err: float | None) -> list[dict]:
+    """`memory` of one model, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = load(config, device, arguments.dtype, err)
+        describe(model, Path(folder))
+        model.save_pretrained(folder)
+        del model
+        give_back(device)  # a GPU has no room for it twice
+        output = subprocess.run(
+            [sys.executable, __file__, f"--only={folder}", *sys.argv[1:]],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     return json.loads(output.stdout.splitlines()[-1])
 
 
@@ -136,14 +157,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--decode", type=int, default=32, help="tokens written after it, 3 or more")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and products; by default that of the model")
     parser.add_argument("--multiple", type=int, default=1, help="what ranks are padded to in fused models")
-    parser.add_argument("--rounds", type=int, default=3, help="of each model on each shape, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="of each model on each shape, in turns; 0: no speed")
     parser.add_argument("--seven-b", action="store_true", help="the shapes of LLaMA-2-7B, random, on a GPU")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_inference.json"), help="where the figures go")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as svd=plain (after a --)")
     arguments = parser.parse_args()
-    if arguments.decode < 3 or arguments.rounds < 1 or min(*arguments.batch, *arguments.prompt, 1) < 1:
-        sys.exit("write --decode 3 or more (two steps warm up), and --rounds, --batch and --prompt of 1 or more")
+    if arguments.decode < 3 or arguments.rounds < 0 or min(*arguments.batch, *arguments.prompt, 1) < 1:
+        sys.exit("write --decode 3 or more (two steps warm up), --batch and --prompt of 1 or more, --rounds of 0 or more")
     if arguments.seven_b and not torch.cuda.is_available():
         sys.exit("--seven-b needs a GPU, and torch sees none here. Without it the default model is measured.")
     return arguments
@@ -163,12 +184,17 @@ def main() -> None:
         config.err, config.keep, config.bytes, config.flops = err, None, None, None
     device = composed.trainer.place()
     if arguments.only:
-        print(json.dumps(memory(arguments, configs[arguments.only], device)))
+        print(json.dumps(memory(arguments, device)))
         return
-    rows = speeds(arguments, configs, device)
-    peaks = {name: alone(sys.argv[1:], name) for name in configs}
-    for name, figures in peaks.items():
-        print(f"{name:10}" + "   ".join(f"{key} {value:.3f}" for key, value in figures.items() if value is not None))
+    rows = speeds(arguments, configs, device) if arguments.rounds else []
+    peaks = {
+        name: alone(arguments, config, device, None if name == DENSE else config.err)
+        for name, config in configs.items()
+    }
+    for name, lengths in peaks.items():
+        for figures in lengths:
+            known = {key: value for key, value in figures.items() if value is not None}
+            print(f"{name:10}" + "   ".join(f"{key} {value:.4g}" for key, value in known.items()))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     how = {"model": composed.model.name} | {key: getattr(arguments, key) for key in ("dtype", "decode", "multiple")}
     found = {"speed": rows, "memory": peaks} | how | environment(device)

@@ -81,6 +81,13 @@ def main() -> None:
     print(f"written to {arguments.out}")
 
 
+def with_optimizer(limit: float, parts: dict[str, dict[str, float]], name: str) -> float:
+    """The ratio of whole steps that FLOPs and the optimizer allow: as if full tuning's passes took `limit` times
+    WeLore's, and each optimizer what it was measured to take, which its bytes decide."""
+    ours = parts["welore"]["forward"] + parts["welore"]["backward"]
+    return (limit * ours + parts["full"][name]) / (ours + parts["welore"][name])
+
+
 def measure(model: nn.Module, modes: dict[str, Mode], dtype: str | None, tokens: int, arguments) -> dict:
     """The medians of every part for each mode, and how much faster WeLore's whole step is with each optimizer."""
     length = min(tokens, arguments.length)
@@ -95,7 +102,9 @@ def measure(model: nn.Module, modes: dict[str, Mode], dtype: str | None, tokens:
         whole = {mode: part["forward"] + part["backward"] + part[name] for mode, part in parts.items()}
         ratios[name] = whole["full"] / whole["welore"]
     passes = {mode: part["forward"] + part["backward"] for mode, part in parts.items()}
-    ratios |= {"no optimizer": passes["full"] / passes["welore"], **flops_limit(model, length)}
+    limits = flops_limit(model, length)
+    ratios |= {"no optimizer": passes["full"] / passes["welore"], **limits}
+    ratios |= {f"limit, {name}": with_optimizer(limits["limit"], parts, name) for name in OPTIMIZERS}
     for mode, part in parts.items():
         print(
             f"{tokens:6} tokens  {mode:7}" + "   ".join(f"{key} {1000 * value:8.1f} ms" for key, value in part.items())

@@ -39,6 +39,10 @@ def test_the_parts_of_a_step_are_measured_for_both_modes(tmp_path):
     assert [row["tokens"] for row in found["rows"]] == [16, 64]
     for row in found["rows"]:
         assert row["seconds"].keys() == {"welore", "full"} and all(ratio > 0 for ratio in row["ratios"].values())
+        ours, full, ratios = *row["seconds"].values(), row["ratios"]
+        passes = ours["forward"] + ours["backward"]
+        whole = ratios["limit"] * passes + full["loop"]
+        assert ratios["limit, loop"] == pytest.approx(whole / (passes + ours["loop"]))
 
 
 @pytest.mark.slow
@@ -54,3 +58,24 @@ def test_a_batch_cut_short_of_its_budget_is_no_best(tmp_path):
     sizes = ("--gib", "0.1", "--modes", "welore", "--length=32", "--most=2")
     plain, again = figures("equal_memory", tmp_path, *sizes)["rows"]
     assert plain["batch"] == again["batch"] == 2 and not plain["best"] and not again["best"]
+
+
+@pytest.mark.slow
+def test_inference_is_measured_by_length_and_a_compressed_model_as_it_was_saved(tmp_path):
+    sizes = ("--model=tiny", "--err=0.5", "--batch", "1", "2", "--prompt", "16", "8", "--decode=4", "--rounds=1")
+    found = figures("bench_inference", tmp_path, *sizes, overrides=("trainer=cpu",))
+    assert [(row["batch"], row["prompt"]) for row in found["speed"]] == [(1, 16), (1, 8), (2, 16), (2, 8)]
+    assert found["memory"].keys() == {"dense", "err 0.5"}
+    for lengths in found["memory"].values():
+        assert [(row["batch"], row["prompt"]) for row in lengths] == [(2, 8), (2, 16)]
+        short, long = (row["KV cache GiB"] for row in lengths)
+        assert long / short == pytest.approx(19 / 11) and all(row["peak GiB"] > row["weights GiB"] for row in lengths)
+    dense, compressed = (lengths[0]["weights GiB"] for lengths in found["memory"].values())
+    assert compressed < dense
+
+
+@pytest.mark.slow
+def test_memory_of_inference_can_be_measured_alone(tmp_path):
+    sizes = ("--model=tiny", "--err=0.5", "--prompt", "8", "--rounds=0")
+    found = figures("bench_inference", tmp_path, *sizes, overrides=("trainer=cpu",))
+    assert found["speed"] == [] and len(found["memory"]) == 2
