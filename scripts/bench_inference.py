@@ -164,7 +164,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as svd=plain (after a --)")
     arguments = parser.parse_args()
     if arguments.decode < 3 or arguments.rounds < 0 or min(*arguments.batch, *arguments.prompt, 1) < 1:
-        sys.exit("write --decode 3 or more (two steps warm up), --batch and --prompt of 1 or more, --rounds of 0 or more")
+        sys.exit("write --decode 3 or more (two steps warm up), --batch and --prompt 1 or more, --rounds 0 or more")
     if arguments.seven_b and not torch.cuda.is_available():
         sys.exit("--seven-b needs a GPU, and torch sees none here. Without it the default model is measured.")
     return arguments
