@@ -1,6 +1,8 @@
 """Judges: what is read in their answers, and that nothing an endpoint does costs an answer twice or shows the key."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -292,6 +294,45 @@ def test_an_endpoint_that_dies_half_way_is_later_asked_for_the_rest_alone(judge,
         assert ratings(judge(server).judgments(requests(10), kept, CPU, "judgments")) == [7.0] * 10
         assert len(server.calls) == 5
     assert not list(kept.folder.rglob("*.part"))
+
+
+ASK = """
+import sys
+from pathlib import Path
+import torch
+from welore.cache import Cache
+from welore.chat import said
+from welore.config import compose, to_config
+from welore.judges import Request
+folder, *overrides = sys.argv[1:]
+judge = to_config(compose(overrides)).judge
+asked = [Request([said("user", f"question {n}")], ("turn_1",), "", lambda text: {"turn_1": 7.0}) for n in range(8)]
+print("ready", flush=True)
+sys.stdin.readline()
+judge.judgments(asked, Cache(Path(folder)), torch.device("cpu"), "judgments")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_ask_at_once_pay_for_each_judgment_once(kept):
+    with serving(plan=[{"wait": 0.2}] * 16) as server:
+        overrides = ["model=tiny", "trainer=cpu", "logger=none", "mode=none", "task=mt_bench", "judge=openai"]
+        command = [sys.executable, "-c", ASK, kept.folder, *overrides, f"judge.base_url={server.url}"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        both = [subprocess.Popen([*command, "judge.parallel=2"], **pipes) for _ in range(2)]
+        try:
+            assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+            for process in both:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            told = [process.communicate(timeout=60)[1] for process in both]
+        finally:
+            for process in both:
+                process.kill()
+        asked = [call["messages"][0]["content"] for call in server.calls]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert sorted(asked) == [f"question {number}" for number in range(8)]
+    assert "another process makes judgments; waiting for it" in "".join(told)
 
 
 def test_a_damaged_judgment_alone_is_asked_for_again(judge, kept):
