@@ -201,6 +201,14 @@ def test_a_run_that_is_killed_has_paid_for_nothing_twice(bench, tmp_path):
     assert Record.read(next((tmp_path / "outputs").rglob(FILE)).parent).metrics["dense/judged"] == 8
 
 
+def test_what_a_run_may_cost_in_all_is_said_once_and_before_anything_else(judged, bench, tmp_path, capsys):
+    with serving() as server:
+        run(judged("mt_bench", bench, *endpoint(server)), tmp_path / "run")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "judgments of gpt-4" in line]
+    assert "the whole run asks for at most 48 judgments of gpt-4 (2 stages x 8 questions x 3 attempts)" in lines[0]
+    assert [("whole run" in line) for line in lines] == [True, False, False]
+
+
 def test_a_missing_key_ends_a_run_before_the_model_writes(judged, bench, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.setattr("welore.judged.replies", lambda *args: pytest.fail("it has written"))

@@ -17,9 +17,11 @@ from welore.chat import conversation, longest, replies, said
 from welore.compress import weight_digests
 from welore.errors import Refused
 from welore.evaluate import Benchmark, Outcome
-from welore.judges import Judge, Judgment, Request
+from welore.judges import CHARACTERS_PER_TOKEN, Judge, Judgment, Request
 from welore.sources import content
 from welore.tasks import Task
+
+STAGES = 2  # dense and compressed: nothing is trained
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ class Judged(Task):
 
     def benchmark(self, tokenizer: Any, cache: Cache, judge: Judge) -> "Hearing":
         judge.prepare()
-        return Hearing(self, tokenizer, cache, judge)
+        hearing = Hearing(self, tokenizer, cache, judge)
+        if judge.judges:
+            judge.foretell(hearing.requests("x" * CHARACTERS_PER_TOKEN * self.new_tokens), STAGES)
+        return hearing
 
     def identity(self) -> str:
         return content(self.path)
@@ -98,9 +103,12 @@ class Hearing(Benchmark):
 
     @property
     def identity(self) -> tuple[str | bytes, ...]:
-        blank = [self.task.requests(case, [""] * len(case.turns)) for case in self.cases]
-        asked = [(request.messages, request.aspects, request.form) for requests in blank for request in requests]
+        asked = [(request.messages, request.aspects, request.form) for request in self.requests("")]
         return f"{self.title} {self._how()}", json.dumps(self.judge.science()), json.dumps(asked)
+
+    def requests(self, answer: str) -> list[Request]:
+        """All that a judge is asked where every answer is this one."""
+        return [request for case in self.cases for request in self.task.requests(case, [answer] * len(case.turns))]
 
     def _how(self) -> str:
         """What the answers depend on beside the model: the batch too, for sums differ by their padding."""
