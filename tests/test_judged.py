@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from endpoints import KEY, serving
 
@@ -253,6 +254,36 @@ def test_without_a_path_and_a_hub_the_local_folder_is_asked_for(configured):
         configured("task=mt_bench", "mode=none").task.cases()
 
 
+def test_what_lies_on_the_hub_is_fetched_whole(configured, bench, news, monkeypatch):
+    names = {"question.jsonl": "question", "gpt-4.jsonl": "reference_gpt-4", "judge_prompts.jsonl": "judge_prompts"}
+    asked = []
+
+    def download(repo, file, repo_type):
+        asked.append((repo, repo_type, Path(file).name))
+        return bench / f"{names[Path(file).name]}.jsonl"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert configured("task=mt_bench", "mode=none").task.fetch() == "lmsys/mt-bench from the hub"
+    assert set(asked) == {("lmsys/mt-bench", "space", name) for name in names}
+    records = [json.loads(line) for line in news.read_text().splitlines()]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, split: records)
+    task = configured("task=cnn_dailymail", "mode=none", "task.per_class=1").task
+    assert task.fetch() == "abisee/cnn_dailymail from the hub"
+
+
+def test_what_lies_here_is_not_fetched(judged, bench, news):
+    assert judged("mt_bench", bench).task.fetch() is None and judged("cnn_dailymail", news).task.fetch() is None
+
+
+def test_a_hub_whose_connection_breaks_is_named(configured, monkeypatch):
+    def download(*args, **options):
+        raise httpx.ReadError("broken off")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(Refused, match="the space lmsys/mt-bench on the hub, which failed: broken off Give a local"):
+        configured("task=mt_bench", "mode=none").task.cases()
+
+
 @pytest.mark.parametrize("task", ["mt_bench", "cnn_dailymail"])
 def test_a_mode_that_trains_is_refused(configured, task):
     with pytest.raises(Exception, match="Write mode=none"):
@@ -340,7 +371,7 @@ def test_rouge_of_known_summaries():
 def test_a_missing_rouge_is_named(judged, news, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = judged("cnn_dailymail", news, "task.per_class=1")
-    with pytest.raises(Refused, match="pip install rouge-score, or write task.rouge=false"):
+    with pytest.raises(Refused, match=r"pip install -e \.\[tasks\], or write task.rouge=false"):
         config.task.benchmark(None, None, config.judge)
 
 

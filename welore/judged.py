@@ -15,7 +15,7 @@ from welore import metrics
 from welore.cache import Cache, digest
 from welore.chat import conversation, longest, replies, said
 from welore.compress import weight_digests
-from welore.errors import Refused
+from welore.errors import refuse_below
 from welore.evaluate import Benchmark, Outcome
 from welore.judges import CHARACTERS_PER_TOKEN, Judge, Judgment, Request
 from welore.sources import content
@@ -51,17 +51,12 @@ class Judged(Task):
     judged: ClassVar[bool] = True
     what: ClassVar[str]  # its cases are
     shorter: ClassVar[str] = "a lower task.new_tokens"  # makes them
+    repo: str
     batch: int
     new_tokens: int
 
     def __post_init__(self):
-        self._at_least(batch=1, new_tokens=1)
-
-    def _at_least(self, **least: int) -> None:
-        for key, smallest in least.items():
-            value = getattr(self, key)
-            if value is not None and value < smallest:
-                raise Refused(f"task.{key}={value} asks nothing. Write {smallest} or more.")
+        refuse_below("task", self, batch=1, new_tokens=1)
 
     def cases(self) -> list[Case]:
         raise NotImplementedError
@@ -80,6 +75,13 @@ class Judged(Task):
         if judge.judges:
             judge.foretell(hearing.requests("x" * CHARACTERS_PER_TOKEN * self.new_tokens), STAGES)
         return hearing
+
+    def fetch(self) -> str | None:
+        if self.path is not None:
+            return None
+        for case in self.cases():  # whatever they are read from, its client keeps it
+            self.requests(case, [""] * len(case.turns))
+        return f"{self.repo} from the hub"
 
     def identity(self) -> str:
         return content(self.path)

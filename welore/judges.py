@@ -16,7 +16,7 @@ import torch
 
 from welore.cache import Cache, digest
 from welore.chat import Messages, said
-from welore.errors import Refused
+from welore.errors import refuse_below
 
 KIND = "judgments"  # in the cache
 PUBLISHED = (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]")  # of a rating: the first that matches, as MT-Bench reads it
@@ -84,13 +84,7 @@ class Language(Judge):
     attempts: int
 
     def __post_init__(self):
-        self._at_least(max_tokens=1, attempts=1)
-
-    def _at_least(self, **least: float) -> None:
-        for key, smallest in least.items():
-            value = getattr(self, key)
-            if value is not None and value < smallest:
-                raise Refused(f"judge.{key}={value} is too small. Write {smallest} or more.")
+        refuse_below("judge", self, max_tokens=1, attempts=1)
 
     def judgments(self, requests: Sequence[Request], cache: Cache, device: torch.device, title: str) -> list[Judgment]:
         """One for each request. Asking again shows the judge its own answer, for the same prompt would repeat it."""

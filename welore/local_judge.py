@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from welore.cache import Cache
 from welore.chat import Messages, conversation, longest, replies
-from welore.errors import Refused
+from welore.errors import Refused, refuse_below
 from welore.judges import Language
 from welore.models import Pretrained
 from welore.report import announce
@@ -32,7 +32,7 @@ class Local(Language):
 
     def __post_init__(self):
         super().__post_init__()
-        self._at_least(batch=1)
+        refuse_below("judge", self, batch=1)
         self.loaded: tuple[Any, Any] | None = None
         self.source = JudgeModel(self.name, self.dtype, self.autocast, self.path, self.revision, False)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from welore.chat import Messages
 from welore.endpoint import Endpoint
-from welore.errors import Refused
+from welore.errors import Refused, refuse_below
 from welore.judges import CHARACTERS_PER_TOKEN, REMINDER, Language
 from welore.report import announce
 
@@ -45,8 +45,8 @@ class OpenAi(Language):
 
     def __post_init__(self):
         super().__post_init__()
-        self._at_least(temperature=0, timeout=0.01, retries=0, backoff=0, parallel=1)
-        self._at_least(input_price=0, output_price=0, max_cost=0)
+        refuse_below("judge", self, temperature=0, timeout=0.01, retries=0, backoff=0, parallel=1)
+        refuse_below("judge", self, input_price=0, output_price=0, max_cost=0)
         if self.length_key not in ("max_tokens", "max_completion_tokens"):
             raise Refused(f"judge.length_key={self.length_key} is unknown. Write max_tokens or max_completion_tokens.")
         self.endpoint = Endpoint(self.base_url, self.key_env, self.timeout, self.retries, self.backoff)
