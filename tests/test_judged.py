@@ -356,6 +356,16 @@ def test_rouge_needs_no_judge(judged, news, tmp_path):
     found = run(judged("cnn_dailymail", news, "task.per_class=1"), tmp_path / "run").metrics
     keys = [f"compressed/rouge_{kind}{place}" for kind in "12l" for place in ("", "/small", "/medium", "/large")]
     assert all(0 <= found[key] <= 1 for key in keys) and "compressed/score" not in found
+    each = {line["category"]: line["rouge_l"] for line in told(tmp_path / "run")}
+    assert each == {name: found[f"compressed/rouge_l/{name}"] for name in ("small", "medium", "large")}
+    assert found["compressed/rouge_l"] == pytest.approx(sum(each.values()) / 3)
+
+
+def test_rouge_is_measured_where_the_run_before_did_without_it(judged, news, tmp_path):
+    pytest.importorskip("rouge_score")
+    options = ["task.per_class=1", "task.rouge=false"]
+    assert "dense/rouge_l" not in run(judged("cnn_dailymail", news, *options), tmp_path / "without").metrics
+    assert "dense/rouge_l" in run(judged("cnn_dailymail", news, "task.per_class=1"), tmp_path / "with").metrics
 
 
 def test_rouge_of_known_summaries():

@@ -65,9 +65,14 @@ class Judged(Task):
         """What the judge is asked about one case."""
         raise NotImplementedError
 
-    def measures(self, cases: Sequence[Case], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-        """What can be said of the answers without a judge."""
-        return {}
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What can be measured of the answers to a case without a judge."""
+        return ()
+
+    def measured(self, cases: Sequence[Case], answers: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+        """The measures of each case."""
+        return [{} for _ in cases]
 
     def benchmark(self, tokenizer: Any, cache: Cache, judge: Judge) -> "Hearing":
         judge.prepare()
@@ -106,7 +111,8 @@ class Hearing(Benchmark):
     @property
     def identity(self) -> tuple[str | bytes, ...]:
         asked = [(request.messages, request.aspects, request.form) for request in self.requests("")]
-        return f"{self.title} {self._how()}", json.dumps(self.judge.science()), json.dumps(asked)
+        found = [self.judge.science(), self.task.measures, asked]
+        return f"{self.title} {self._how()}", *map(json.dumps, found)
 
     def requests(self, answer: str) -> list[Request]:
         """All that a judge is asked where every answer is this one."""
@@ -120,10 +126,13 @@ class Hearing(Benchmark):
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         written = self._written(model, dtype, stage)
         found = {"empty": sum(not answer for answers in written.answers for answer in answers)}
-        found |= self.task.measures(self.cases, written.answers)
+        measured = self.task.measured(self.cases, written.answers)
+        found |= _means([case.category for case in self.cases], measured)
         lines = [
-            {"name": case.name, "category": case.category, "prompts": prompts, "written": answers}
-            for case, prompts, answers in zip(self.cases, written.prompts, written.answers, strict=True)
+            {"name": case.name, "category": case.category, "prompts": prompts, "written": answers} | values
+            for case, prompts, answers, values in zip(
+                self.cases, written.prompts, written.answers, measured, strict=True
+            )
         ]
         rate = len(self.cases) / written.seconds
         shared = {metrics.EVAL_EXAMPLES.key: len(self.cases), metrics.EVAL_QUESTIONS_PER_SECOND.key: rate}
@@ -181,6 +190,15 @@ def _talk(case: Case, answers: Sequence[str]) -> list[dict[str, str]]:
     for turn, answer in zip(case.turns, answers, strict=False):
         talk += [said("user", turn), said("assistant", answer)]
     return [*talk, said("user", case.turns[len(answers)])]
+
+
+def _means(categories: Sequence[str], measured: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of every measure, over all cases and over those of each category."""
+    found = {key: fmean(values[key] for values in measured) for key in measured[0]}
+    for category in dict.fromkeys(categories):
+        inside = [values for name, values in zip(categories, measured, strict=True) if name == category]
+        found |= {f"{key}/{category}": fmean(values[key] for values in inside) for key in measured[0]}
+    return found
 
 
 def counted(

@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar
 
 from welore.chat import said
@@ -37,6 +36,7 @@ JUDGE = (
 )
 LINES = "\n".join(f"{aspect}: [[rating]]" for aspect in ASPECTS)
 FORM = "the four lines " + ", ".join(f'"{aspect}: [[rating]]"' for aspect in ASPECTS) + " with ratings from 1 to 10"
+ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}  # ours, and the names of the package
 SMALL, LARGE = 470, 790  # words: at most, and at least
 
 
@@ -99,16 +99,14 @@ class CnnDailyMail(Judged):
             raise Refused("task.rouge=true needs a package. Run: pip install -e .[tasks], or write task.rouge=false.")
         return super().benchmark(tokenizer, cache, judge)
 
-    def measures(self, cases, answers):
-        """The mean F1 of ROUGE-1, -2 and -L with stemming, of all and of each class, from 0 to 1."""
+    @property
+    def measures(self):
+        return tuple(ROUGE) if self.rouge else ()
+
+    def measured(self, cases, answers):
         if not self.rouge:
-            return {}
-        by_case = rouge([case.references[0] for case in cases], [written[0] for written in answers])
-        found = {key: fmean(scores[key] for scores in by_case) for key in by_case[0]}
-        for category in dict.fromkeys(case.category for case in cases):
-            inside = [s for case, s in zip(cases, by_case, strict=True) if case.category == category]
-            found |= {f"{key}/{category}": fmean(scores[key] for scores in inside) for key in by_case[0]}
-        return found
+            return super().measured(cases, answers)
+        return rouge([case.references[0] for case in cases], [written[0] for written in answers])
 
 
 def _texts(raw: Any) -> tuple[str, str]:
@@ -131,9 +129,9 @@ def read_ratings(text: str) -> dict[str, float] | None:
 
 
 def rouge(references: Sequence[str], summaries: Sequence[str]) -> list[dict[str, float]]:
+    """F1 of ROUGE-1, -2 and -L with stemming, from 0 to 1, of each summary."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    keys = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
-    scorer = RougeScorer(list(keys.values()), use_stemmer=True)
+    scorer = RougeScorer(list(ROUGE.values()), use_stemmer=True)
     scores = [scorer.score(reference, summary) for reference, summary in zip(references, summaries, strict=True)]
-    return [{key: score[name].fmeasure for key, name in keys.items()} for score in scores]
+    return [{key: score[name].fmeasure for key, name in ROUGE.items()} for score in scores]
