@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from welore.config import Config, compose, to_config
 from welore.errors import Refused
 from welore.explain import explain
-from welore.judges import Local
+from welore.local_judge import Local
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -46,6 +49,54 @@ def test_a_write_that_fails_leaves_no_result_behind(tmp_path):
         cache.get("a", "x", torch.load, write, lambda: 1)
     assert not (tmp_path / "a" / "x").exists()
     assert cache.get("a", "x", torch.load, torch.save, lambda: 2) == 2
+
+
+def test_who_needs_what_another_makes_waits_for_it(tmp_path, capsys):
+    """flock is of the open file, so that threads stand for processes here; two processes meet in test_judges.py."""
+    begun, end, made = threading.Event(), threading.Event(), []
+
+    def make():
+        made.append(1)
+        begun.set()
+        assert end.wait(10)
+        return torch.arange(3)
+
+    def get(kind, make):
+        return Cache(tmp_path).get(kind, "x", torch.load, torch.save, make)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(get, "a", make)
+        assert begun.wait(10)
+        assert get("b", lambda: 3) == 3  # other results wait for nobody
+        second = threads.submit(get, "a", never)
+        while "another process makes a" not in capsys.readouterr().err:
+            assert not second.done()
+        end.set()
+        assert torch.equal(first.result(), second.result()) and made == [1]
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_what_another_failed_to_make_is_made(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        Cache(tmp_path).get("a", "x", torch.load, torch.save, lambda: 1 / 0)
+    assert Cache(tmp_path).get("a", "x", torch.load, torch.save, lambda: 2) == 2
+    assert not list((tmp_path / "locks").iterdir())
+
+
+def test_a_file_system_without_locks_is_told_once_and_used(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("welore.cache.fcntl.flock", refuse)
+    cache = Cache(tmp_path)
+    assert [cache.get("a", key, torch.load, torch.save, lambda: 4) for key in "xyx"] == [4, 4, 4]
+    assert capsys.readouterr().err.count("has no locks") == 1
+
+
+def test_what_is_there_is_read_without_a_lock(tmp_path, monkeypatch):
+    Cache(tmp_path).get("a", "x", torch.load, torch.save, lambda: 5)
+    monkeypatch.setattr("welore.cache.fcntl.flock", lambda *_: pytest.fail("it is locked"))
+    assert Cache(tmp_path).get("a", "x", torch.load, torch.save, never) == 5
 
 
 def test_a_digest_tells_apart_what_differs_and_where_parts_begin():

@@ -1,3 +1,6 @@
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,6 +130,26 @@ def test_statistics_are_gathered_once_for_all_levels_below(model, tokenizer, cal
     with pytest.raises(pytest.fail.Exception):
         gather(model, weights, windows_BL[:8], Needs.INPUTS, calibration, None, cache)
     assert not list(Path(tmp_path).rglob("*.part"))
+
+
+def test_statistics_that_two_need_at_once_are_gathered_once(model, tokenizer, calibration, tmp_path, monkeypatch):
+    cache, weights, begun, times = Cache(tmp_path), weight_digests(model), threading.Event(), []
+    windows_BL = calibration_windows(calibration, tokenizer, cache)
+
+    def slowly(*args):
+        times.append(1)
+        begun.set()
+        time.sleep(0.3)
+        calibrate(*args)
+
+    def gathered():
+        return gather(model, weights, windows_BL, Needs.INPUTS, calibration, None, cache).folder
+
+    monkeypatch.setattr("welore.calibrate.calibrate", slowly)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(gathered)
+        assert begun.wait(10)
+        assert gathered() == first.result() and len(times) == 1
 
 
 def test_another_seed_calibrates_on_other_documents(tokenizer, calibration, cache):

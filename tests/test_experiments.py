@@ -112,13 +112,14 @@ ANSWERED = {
     "compressed/score": 5.0,
     "compressed/judged": 160,
     "compressed/unjudged": 0,
+    "compressed/rouge_l": 0.25,
 }
 
 
 def rated_twice(*ratings):
     """A judged answer with two ratings (None: could not be read)."""
     turns = [None if rating is None else {f"turn_{n}": rating} for n, rating in enumerate(ratings, 1)]
-    return {"judgments": [{"ratings": turn} for turn in turns]}
+    return {"judgments": [{"ratings": turn} for turn in turns], "rouge_l": 0.25}
 
 
 def record_of(cell, name="0000000000", config=None):
@@ -406,6 +407,7 @@ def test_table_2_compares_right_answers_and_ratings_each_with_its_own(tmp_path):
         *(("54.42", "13.3", "20 / 150"), ("71.89", "10.0", "15 / 150")),
         *(("5.27", "6.50", "160 of 160 ratings"), ("6.09", "5.00", "160 of 160 ratings")),
         *(("5.16", "6.50", "160 of 160 ratings"), ("6.46", "5.00", "160 of 160 ratings")),
+        *(("—", "0.2500", "150 summaries"), ("—", "0.2500", "150 summaries")),
     ]
     said = {claim.text: verdict(claim.ours) for claim in page.claims}
     assert said["WeLore is better than OWL ranks (Table 2)"].endswith("freebaseqa, mt_bench, cnn_dailymail")
@@ -783,8 +785,47 @@ def test_table_2_asks_a_judge_where_there_is_one(tasks, monkeypatch):
         assert (cell["judge.model"], cell["judge.temperature"], cell["judge.max_tokens"]) == ("m", None, 99)
     assert not any("judge" in cell for cell in laptop[:5] + paper[:5])
     monkeypatch.delenv("WELORE_JUDGE")
-    assert table2.cells("laptop") == laptop[:5]
+    unjudged = [{key: value for key, value in cell.items() if not key.startswith("judge")} for cell in laptop[10:]]
+    assert table2.cells("laptop") == laptop[:5] + unjudged  # summaries have their ROUGE, conversations nothing
     assert {cell.get("judge") for cell in table2.cells("paper")} == {None, "openai"}
+
+
+def test_the_facts_of_table_2_are_the_same_cells_whatever_else_is_there(tasks, monkeypatch):
+    told = {"task.path": str(tasks / "triviaqa"), "calibration": "sotu"}
+    shared = {"model": "smollm2_135m", "mode": "none", "task": "triviaqa", "task.limit": 300} | told
+    facts = [shared | method for method in table2.METHODS.values()]
+    assert table2.cells("laptop")[:5] == facts
+    monkeypatch.delenv("WELORE_JUDGE")
+    assert table2.cells("laptop")[:5] == facts
+    (tasks / "cnn_dailymail").rmdir()
+    assert table2.cells("laptop") == facts
+
+
+def test_rouge_is_no_rating(tasks, tmp_path, monkeypatch):
+    """WeLore has the better ROUGE-L and OWL the better ratings: neither counts for a claim about the other."""
+
+    def page():
+        better = {"owl": {"compressed/score": 9.0}, "welore": {"compressed/rouge_l": 0.5}}
+        rows = whole("table2", "laptop", tmp_path)
+        return table2.render([changed(row, **better.get(row.cell["ranks"], {})) for row in rows])
+
+    def said(page):
+        return {claim.text: (claim.paper is not None, claim.ours) for claim in page.claims}
+
+    judged = said(page())
+    assert judged["WeLore is better than OWL ranks (Table 2)"] == (
+        *(True, {"triviaqa": False, "mt_bench": False, "cnn_dailymail": False}),
+    )
+    assert judged["WeLore has a higher ROUGE-L than OWL ranks"] == (False, {"cnn_dailymail": True})
+    monkeypatch.delenv("WELORE_JUDGE")
+    alone = said(page())
+    assert alone["WeLore is better than OWL ranks (Table 2)"] == (True, {"triviaqa": False})
+    assert alone["WeLore has a higher ROUGE-L than OWL ranks"] == (False, {"cnn_dailymail": True})
+    assert {place for place in alone["the dense model is best (Table 2)"][1]} == {
+        f"triviaqa {method}" for method in table2.METHODS if method != "dense"
+    }
+    assert not any("rated" in text for text in alone)
+    assert any(line.startswith("not asked here, summaries, of 10") for line in page().notes)
 
 
 def test_a_command_of_table_2_makes_its_cell(tasks):
@@ -826,3 +867,15 @@ def test_ratings_are_compared_question_by_question(tmp_path):
     # A tie, and one that could not be read, do not count.
     assert table2.CONVERSATION.differs(high, low) == pytest.approx(2 / 2**6)
     assert table2.CONVERSATION.differs(low, low) == 1
+
+
+def test_rouge_is_compared_article_by_article(tmp_path):
+    def row(name, *values):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "answers-compressed.jsonl").write_text("".join(json.dumps({"rouge_l": v}) + "\n" for v in values))
+        return Row({"task": "cnn_dailymail"}, folder)
+
+    high, low = row("high", *[0.4] * 6, 0.1, 0.3), row("low", *[0.2] * 7, 0.3)
+    # Six of one, one of the other and a tie: by enumeration 2 (1 + 7) / 2^7.
+    assert table2.ROUGE.differs(high, low) == pytest.approx(2 * 8 / 2**7)

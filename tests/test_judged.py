@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from endpoints import KEY, serving
 
@@ -201,6 +202,14 @@ def test_a_run_that_is_killed_has_paid_for_nothing_twice(bench, tmp_path):
     assert Record.read(next((tmp_path / "outputs").rglob(FILE)).parent).metrics["dense/judged"] == 8
 
 
+def test_what_a_run_may_cost_in_all_is_said_once_and_before_anything_else(judged, bench, tmp_path, capsys):
+    with serving() as server:
+        run(judged("mt_bench", bench, *endpoint(server)), tmp_path / "run")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "judgments of gpt-4" in line]
+    assert "the whole run asks for at most 48 judgments of gpt-4 (2 stages x 8 questions x 3 attempts)" in lines[0]
+    assert [("whole run" in line) for line in lines] == [True, False, False]
+
+
 def test_a_missing_key_ends_a_run_before_the_model_writes(judged, bench, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.setattr("welore.judged.replies", lambda *args: pytest.fail("it has written"))
@@ -242,6 +251,36 @@ def test_a_missing_file_is_named_with_those_that_are_there(judged, bench):
 
 def test_without_a_path_and_a_hub_the_local_folder_is_asked_for(configured):
     with pytest.raises(Refused, match=r"lmsys/mt-bench.*task.path=FOLDER"):
+        configured("task=mt_bench", "mode=none").task.cases()
+
+
+def test_what_lies_on_the_hub_is_fetched_whole(configured, bench, news, monkeypatch):
+    names = {"question.jsonl": "question", "gpt-4.jsonl": "reference_gpt-4", "judge_prompts.jsonl": "judge_prompts"}
+    asked = []
+
+    def download(repo, file, repo_type):
+        asked.append((repo, repo_type, Path(file).name))
+        return bench / f"{names[Path(file).name]}.jsonl"
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert configured("task=mt_bench", "mode=none").task.fetch() == "lmsys/mt-bench from the hub"
+    assert set(asked) == {("lmsys/mt-bench", "space", name) for name in names}
+    records = [json.loads(line) for line in news.read_text().splitlines()]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, split: records)
+    task = configured("task=cnn_dailymail", "mode=none", "task.per_class=1").task
+    assert task.fetch() == "abisee/cnn_dailymail from the hub"
+
+
+def test_what_lies_here_is_not_fetched(judged, bench, news):
+    assert judged("mt_bench", bench).task.fetch() is None and judged("cnn_dailymail", news).task.fetch() is None
+
+
+def test_a_hub_whose_connection_breaks_is_named(configured, monkeypatch):
+    def download(*args, **options):
+        raise httpx.ReadError("broken off")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(Refused, match="the space lmsys/mt-bench on the hub, which failed: broken off Give a local"):
         configured("task=mt_bench", "mode=none").task.cases()
 
 
@@ -317,6 +356,16 @@ def test_rouge_needs_no_judge(judged, news, tmp_path):
     found = run(judged("cnn_dailymail", news, "task.per_class=1"), tmp_path / "run").metrics
     keys = [f"compressed/rouge_{kind}{place}" for kind in "12l" for place in ("", "/small", "/medium", "/large")]
     assert all(0 <= found[key] <= 1 for key in keys) and "compressed/score" not in found
+    each = {line["category"]: line["rouge_l"] for line in told(tmp_path / "run")}
+    assert each == {name: found[f"compressed/rouge_l/{name}"] for name in ("small", "medium", "large")}
+    assert found["compressed/rouge_l"] == pytest.approx(sum(each.values()) / 3)
+
+
+def test_rouge_is_measured_where_the_run_before_did_without_it(judged, news, tmp_path):
+    pytest.importorskip("rouge_score")
+    options = ["task.per_class=1", "task.rouge=false"]
+    assert "dense/rouge_l" not in run(judged("cnn_dailymail", news, *options), tmp_path / "without").metrics
+    assert "dense/rouge_l" in run(judged("cnn_dailymail", news, "task.per_class=1"), tmp_path / "with").metrics
 
 
 def test_rouge_of_known_summaries():
@@ -332,7 +381,7 @@ def test_rouge_of_known_summaries():
 def test_a_missing_rouge_is_named(judged, news, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = judged("cnn_dailymail", news, "task.per_class=1")
-    with pytest.raises(Refused, match="pip install rouge-score, or write task.rouge=false"):
+    with pytest.raises(Refused, match=r"pip install -e \.\[tasks\], or write task.rouge=false"):
         config.task.benchmark(None, None, config.judge)
 
 

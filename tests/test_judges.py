@@ -1,6 +1,8 @@
 """Judges: what is read in their answers, and that nothing an endpoint does costs an answer twice or shows the key."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -137,6 +139,10 @@ def test_other_prices_and_another_way_of_waiting_make_no_other_judgment(judge, k
         {"raw": b'{"choices": []}'},
         {"raw": b'{"choices": [{"message": {"content": 3}}]}'},
         {"raw": b"\xff\xfe"},
+        {"raw": b"[" * 10**5},
+        {"cut": 30},
+        {"cut": 1},
+        {"reset": True},
     ],
     ids=str,
 )
@@ -155,6 +161,27 @@ def test_a_time_out_is_tried_again(judge, kept):
         slow = judge(server, "judge.timeout=0.3")
         assert ratings(slow.judgments(requests(1), kept, CPU, "judgments")) == [7.0]
         assert len(server.calls) == 2
+
+
+@pytest.mark.parametrize("of", ["header", "body"])
+def test_an_answer_that_drips_is_given_up_when_its_time_is_over(judge, kept, of):
+    """Every byte comes well before the time-out of a socket, which begins anew with it."""
+    with serving(plan=[{"drip": 0.05, "of": of}]) as server:
+        started = time.monotonic()
+        assert ratings(judge(server, "judge.timeout=0.6").judgments(requests(1), kept, CPU, "judgments")) == [7.0]
+        assert 0.6 < time.monotonic() - started < 3 and len(server.calls) == 2
+        if of == "body":  # the connection is not kept open behind it either
+            while not server.left:
+                assert time.monotonic() - started < 5
+
+
+def test_an_answer_without_end_is_read_no_further_than_an_answer_can_be(judge, kept, monkeypatch):
+    monkeypatch.setattr(endpoint, "LARGEST", 2**17)
+    with serving(plan=[{"raw": b" " * 2**20}]) as server:
+        assert ratings(judge(server).judgments(requests(1), kept, CPU, "judgments")) == [7.0]
+        server.plan = [{"raw": b" " * 2**20}] * 2
+        with pytest.raises(Refused, match="no answer in 2 tries; the last: an answer of more than 131072 bytes"):
+            judge(server, "judge.retries=1", "judge.model=b").judgments(requests(1), kept, CPU, "judgments")
 
 
 def test_an_endpoint_that_is_not_there_is_named(judge, kept):
@@ -194,7 +221,9 @@ def test_waits_double_up_to_a_minute(monkeypatch):
 
     monkeypatch.setattr(endpoint.JITTER, "uniform", lambda low, high: 1.0)
     with serving(plan=[{"status": 500}] * 9) as server, pytest.raises(Refused):
-        endpoint.Endpoint(server.url, "OPENAI_API_KEY", 5, 8, 1.0).complete({"messages": [], "model": "m"}, Stop())
+        endpoint.Endpoint(server.url, "OPENAI_API_KEY", 5, 8, 1.0).complete(
+            {"messages": [], "model": "m"}, Stop(), lambda: None
+        )
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
@@ -294,6 +323,45 @@ def test_an_endpoint_that_dies_half_way_is_later_asked_for_the_rest_alone(judge,
     assert not list(kept.folder.rglob("*.part"))
 
 
+ASK = """
+import sys
+from pathlib import Path
+import torch
+from welore.cache import Cache
+from welore.chat import said
+from welore.config import compose, to_config
+from welore.judges import Request
+folder, *overrides = sys.argv[1:]
+judge = to_config(compose(overrides)).judge
+asked = [Request([said("user", f"question {n}")], ("turn_1",), "", lambda text: {"turn_1": 7.0}) for n in range(8)]
+print("ready", flush=True)
+sys.stdin.readline()
+judge.judgments(asked, Cache(Path(folder)), torch.device("cpu"), "judgments")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_ask_at_once_pay_for_each_judgment_once(kept):
+    with serving(plan=[{"wait": 0.2}] * 16) as server:
+        overrides = ["model=tiny", "trainer=cpu", "logger=none", "mode=none", "task=mt_bench", "judge=openai"]
+        command = [sys.executable, "-c", ASK, kept.folder, *overrides, f"judge.base_url={server.url}"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        both = [subprocess.Popen([*command, "judge.parallel=2"], **pipes) for _ in range(2)]
+        try:
+            assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+            for process in both:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            told = [process.communicate(timeout=60)[1] for process in both]
+        finally:
+            for process in both:
+                process.kill()
+        asked = [call["messages"][0]["content"] for call in server.calls]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert sorted(asked) == [f"question {number}" for number in range(8)]
+    assert "another process makes judgments; waiting for it" in "".join(told)
+
+
 def test_a_damaged_judgment_alone_is_asked_for_again(judge, kept):
     with serving() as server:
         judge(server).judgments(requests(3), kept, CPU, "judgments")
@@ -345,6 +413,59 @@ def test_a_run_stops_where_it_has_spent_more_than_it_may(judge, kept):
         with pytest.raises(Refused, match="has cost 0.2000"):
             dear.judgments(requests(5), kept, CPU, "judgments")
         assert len(server.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("event", "counts"),
+    [
+        ({"wait": 1.5}, True),
+        ({"drip": 0.05, "of": "body"}, True),
+        ({"reset": True}, True),
+        ({"cut": 30}, True),
+        ({"raw": b"{}"}, True),
+        ({"status": 500}, False),
+        ({"status": 429}, False),
+    ],
+    ids=str,
+)
+def test_a_call_without_an_answer_counts_unless_it_was_refused(judge, kept, capsys, event, counts):
+    priced = ["judge.input_price=0", "judge.output_price=1000", "judge.timeout=0.5", "judge.max_cost=9"]
+    with serving(plan=[event]) as server:
+        dear = judge(server, *priced)
+        assert ratings(dear.judgments(requests(1), kept, CPU, "judgments")) == [7.0]
+    assert dear.spent == pytest.approx(0.1 + (1.024 if counts else 0))
+    assert ("with 1 calls without an answer, which may be charged for" in capsys.readouterr().err) == counts
+
+
+def test_calls_without_an_answer_end_at_the_limit_too(judge, kept):
+    with serving(plan=[{"reset": True}] * 9) as server:
+        dear = judge(server, "judge.input_price=0", "judge.output_price=1000", "judge.max_cost=2.5")
+        with pytest.raises(Refused, match="has cost 3.0720, with 3 calls without an answer"):
+            dear.judgments(requests(1), kept, CPU, "judgments")
+        assert len(server.calls) == 3
+
+
+def test_an_endpoint_that_is_not_there_charges_nothing(judge, kept):
+    with serving() as server:
+        address = server.url
+    dear = judge(address, "judge.input_price=1", "judge.output_price=1", "judge.max_cost=9", "judge.retries=1")
+    with pytest.raises(Refused, match="no answer in 2 tries"):
+        dear.judgments(requests(1), kept, CPU, "judgments")
+    assert dear.spent == 0
+
+
+def test_the_total_of_a_run_is_what_a_judge_that_is_never_read_costs(judge, kept, capsys):
+    """Against the calls themselves: two stages of two questions, each asked three times."""
+    with serving(lambda messages: "x" * 3 * 1024) as server:  # as long as a judgment may be
+        dear = judge(server, "judge.input_price=1000", "judge.output_price=1000")
+        dear.foretell(requests(2), 2)
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert "at most 12 judgments of gpt-4 (2 stages x 2 questions x 3 attempts)" in told
+        dear.judgments(requests(2), kept, CPU, "judgments")
+        read = 2 * sum(len(m["content"]) for call in server.calls for m in call["messages"]) / 3
+    assert f"about {read:,.0f} tokens in and at most {12 * 1024:,} out" in told
+    assert f"it costs about {(read + 12 * 1024) / 1000:.4f} at most" in told
 
 
 @pytest.mark.parametrize(
@@ -409,9 +530,15 @@ def test_a_local_judge_writes_in_passes_and_keeps_each(configured, pristine, kep
     assert local.judgments(requests(5), kept, CPU, "judgments") == judged
 
 
-def test_a_local_judge_that_is_not_there_is_named_as_the_judge(configured):
+def test_what_is_wrong_with_a_local_judge_is_said_of_the_judge(configured, tmp_path):
     with pytest.raises(Refused, match="^judge.path=/no/such is no file or folder"):
         configured("mode=none", "judge=local", "judge.path=/no/such").judge.prepare()
+    with pytest.raises(Refused, match="^judge.path=.* holds no config.json"):
+        configured("mode=none", "judge=local", f"judge.path={tmp_path}").judge.source.load(tmp_path)
+    with pytest.raises(Refused, match="^judge=local comes with the Python package no_such"):
+        configured("mode=none", "judge=local", "judge.path=package:no_such/a.gguf").judge.source.load(tmp_path)
+    with pytest.raises(Exception, match="judge.dtype=float7 is unknown"):
+        configured("mode=none", "judge=local", "judge.path=a/b", "judge.dtype=float7")
 
 
 def test_a_judgment_longer_than_the_judge_can_read_is_refused(configured, pristine, kept, tmp_path):

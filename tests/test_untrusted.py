@@ -62,6 +62,9 @@ def test_code_beside_a_model_is_not_run(pristine, tmp_path, mark):
     (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
     with pytest.raises(Refused, match="write model.trust_remote_code=true"):
         load(folder)
+    judge = to_config(compose(["mode=none", "task=mt_bench", "judge=local", f"judge.path={folder}"])).judge
+    with pytest.raises(Refused, match=r"^judge.path=.*which is not run for a judge. Take another one.$"):
+        judge.source.load(tmp_path / "cache")
 
 
 CODE = {

@@ -1,14 +1,19 @@
 """Results on disk, found again by the content of what they were computed from."""
 
+import fcntl
 import hashlib
 import os
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
+
+from welore.locks import acquired
+
+LOCKS = "locks"  # the folder of their files
 
 T = TypeVar("T")
 
@@ -66,6 +71,7 @@ class Cache:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._said: set[str] = set()
 
     def holds(self, kind: str, key: str) -> bool:
         return (self.folder / kind / key).exists()
@@ -73,14 +79,41 @@ class Cache:
     def get(
         self, kind: str, key: str, read: Callable[[Path], T], write: Callable[[T, Path], None], make: Callable[[], T]
     ) -> T:
-        """What `make` returns, computed once for each kind and key."""
+        """What `make` returns, computed once for each kind and key: who needs it meanwhile waits for it."""
         path = self.folder / kind / key
         if path.exists():
-            try:
+            with suppress(Exception):  # whatever a truncated file makes its reader raise: it is said below
                 return read(path)
-            except Exception as error:  # whatever a truncated file makes its reader raise
-                print(f"cache: {path} is damaged ({type(error).__name__}: {error}); it is made again", file=sys.stderr)
-        value = make()
-        with whole(path) as part:
-            write(value, part)
-        return value
+        with self.alone(kind, key):
+            if path.exists():
+                try:
+                    return read(path)
+                except Exception as error:
+                    said = f"{type(error).__name__}: {error}"
+                    print(f"cache: {path} is damaged ({said}); it is made again", file=sys.stderr)
+            value = make()
+            with whole(path) as part:
+                write(value, part)
+            return value
+
+    @contextmanager
+    def alone(self, kind: str, key: str) -> Iterator[None]:
+        """Keep out who would make the same: other threads and processes, here or where the folder is shared.
+
+        The file of the lock goes when what it guards is there, and stays after an error, for the next to lock.
+        """
+        lock = self.folder / LOCKS / f"{kind}-{key}"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("a") as file:
+            if not acquired(file, fcntl.flock, lambda: self._say(f"another process makes {kind}; waiting for it")):
+                self._say(f"the file system of {self.folder} has no locks: processes may make the same twice")
+            if (place := self.folder / kind).exists():
+                os.scandir(place).close()  # a network file system remembers for a while that a file was not there
+            yield
+            lock.unlink(missing_ok=True)
+
+    def _say(self, line: str) -> None:
+        """Once: there may be hundreds of keys."""
+        if line not in self._said:
+            self._said.add(line)
+            print(f"cache: {line}", file=sys.stderr, flush=True)

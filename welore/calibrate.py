@@ -96,17 +96,24 @@ def gather(
     levels = [root / f"{key}-{level.name.lower()}" for level in Needs if level >= needs]
     folder = next((folder for folder in levels if (folder / INDEX).exists()), levels[0])
     if not (folder / INDEX).exists():
-        part = half(folder)
-        rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        try:
-            calibrate(model, windows_BL, needs, part, dtype, calibration.labels, calibration.seed)
-            with suppress(OSError):  # another process was faster
-                part.rename(folder)
-        finally:
-            rmtree(part, ignore_errors=True)
+        with cache.alone("statistics", folder.name):
+            if not (folder / INDEX).exists():  # another process was faster
+                _gathered(model, windows_BL, needs, folder, dtype, calibration)
     dampings = calibration.damping, calibration.gradient_damping
     return Statistics(folder, needs, digest(key, str(dampings)), *dampings)
+
+
+def _gathered(model, windows_BL: Tensor, needs: Needs, folder: Path, dtype: str | None, calibration) -> None:
+    """A folder of statistics, which appears whole or not at all."""
+    part = half(folder)
+    rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        calibrate(model, windows_BL, needs, part, dtype, calibration.labels, calibration.seed)
+        with suppress(OSError):  # another process was faster, where there are no locks
+            part.rename(folder)
+    finally:
+        rmtree(part, ignore_errors=True)
 
 
 class Stream:

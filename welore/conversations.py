@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from welore.chat import said
-from welore.errors import Refused
+from welore.errors import Refused, refuse_below
 from welore.judged import Case, Judged
 from welore.judges import Request, rating
+from welore.sources import parsed, reading_hub
 
+T = TypeVar("T")
 QUESTIONS, REFERENCES, PROMPTS = "question", "reference_gpt-4", "judge_prompts"
 NEEDED = f"{QUESTIONS}.jsonl, {REFERENCES}.jsonl and {PROMPTS}.jsonl"
 # Ours, for asking again: without a number, which weak judges repeat.
@@ -33,26 +35,19 @@ class MtBench(Judged):
     """
 
     what: ClassVar[str] = "conversations"
-    repo: str
     files: dict[str, str]
     limit: int | None
 
     def __post_init__(self):
         super().__post_init__()
-        self._at_least(limit=1)
+        refuse_below("task", self, limit=1)
         self.prompts: dict[str, dict[str, str]] | None = None
 
     def cases(self) -> list[Case]:
-        questions, references = self._lines(QUESTIONS), self._references()
-        count = len(questions) if self.limit is None else min(self.limit, len(questions))
-        chosen = [place * len(questions) // count for place in range(count)]
-        return [
-            self._parsed(QUESTIONS, place, questions[place], lambda raw: _case(raw, references)) for place in chosen
-        ]
-
-    def _references(self) -> dict[Any, tuple[str, ...]]:
-        lines = enumerate(self._lines(REFERENCES))
-        return dict(self._parsed(REFERENCES, number, raw, _reference) for number, raw in lines)
+        references = dict(self._records(REFERENCES, _reference))
+        found = self._records(QUESTIONS, lambda raw: _case(raw, references))
+        count = len(found) if self.limit is None else min(self.limit, len(found))
+        return [found[place * len(found) // count] for place in range(count)]
 
     def requests(self, case: Case, answers: Sequence[str]) -> list[Request]:
         """One for each turn; a request rates the aspect `turn_1` or `turn_2`."""
@@ -82,20 +77,14 @@ class MtBench(Judged):
         return Request([said("system", prompt["system_prompt"]), said("user", asked)], (aspect,), FORM, read)
 
     def _judge_prompts(self) -> dict[str, dict[str, str]]:
-        lines = enumerate(self._lines(PROMPTS))
-        found = dict(self._parsed(PROMPTS, number, raw, _judge_prompt) for number, raw in lines)
+        found = dict(self._records(PROMPTS, _judge_prompt))
         if missing := [f"{name} ({shape})" for name, shape in SHAPES.items() if name not in found]:
             raise Refused(f"{PROMPTS}.jsonl of {self.source()} lacks {', '.join(missing)}. It has {sorted(found)}.")
         return found
 
-    def _parsed(self, name: str, number: int, raw: Any, parse: Callable[[Any], Any]) -> Any:
-        try:
-            return parse(raw)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise Refused(
-                f"record {number} of {name}.jsonl of {self.source()} is not in MT-Bench's format: "
-                f"{type(error).__name__}: {error}. It is {json.dumps(raw)[:200]}"
-            ) from error
+    def _records(self, name: str, parse: Callable[[Any], T]) -> list[T]:
+        where = f"{name}.jsonl of {self.source()}"
+        return [parsed(parse, raw, number, where, "MT-Bench's format") for number, raw in enumerate(self._lines(name))]
 
     def _lines(self, name: str) -> list[Any]:
         file = self._file(name)
@@ -109,7 +98,11 @@ class MtBench(Judged):
 
     def _file(self, name: str) -> Path:
         if self.path is None:
-            return self._downloaded(name)
+            from huggingface_hub import hf_hub_download
+
+            instead = f"Give a local folder, task.path=FOLDER, with {NEEDED}."
+            with reading_hub("the files of MT-Bench", f"the space {self.repo}", instead):
+                return Path(hf_hub_download(self.repo, self.files[name], repo_type="space"))
         file = Path(self.path) / f"{name}.jsonl"
         if not file.is_file():
             there = sorted(f.name for f in Path(self.path).iterdir()) if Path(self.path).is_dir() else "no folder"
@@ -117,25 +110,6 @@ class MtBench(Judged):
                 f"task.path={self.path} needs {name}.jsonl, and there is {there}. Give the folder with {NEEDED}."
             )
         return file
-
-    def fetch(self) -> str | None:
-        if self.path is not None:
-            return None
-        for name in self.files:
-            self._file(name)
-        return f"{self.repo} from the hub"
-
-    def _downloaded(self, name: str) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(self.repo, self.files[name], repo_type="space"))
-        except Exception as error:  # the hub's client raises what its transport does
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise Refused(
-                f"{self.files[name]} of MT-Bench is read from the space {self.repo} of the hub, which failed: "
-                f"{reason} Give a local folder, task.path=FOLDER, with {NEEDED}."
-            ) from error
 
 
 def _case(raw: dict[str, Any], references: dict[Any, tuple[str, ...]]) -> Case:

@@ -5,12 +5,16 @@ import json
 import os
 import random
 import re
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +22,7 @@ from welore.errors import Refused
 
 PASSING = (408, 409, 425, 429)  # worth another try, as is every 5xx
 LONGEST_BACKOFF, LONGEST_WAIT = 60.0, 600.0  # seconds: of our own accord, and because the endpoint asks for it
+LARGEST = 2**24  # bytes of an answer, thousands of times those of a judgment
 JITTER = random.Random()  # of its own, so that it disturbs no seeded draw
 
 
@@ -31,11 +36,21 @@ class Reply:
 
 
 class _Again(Exception):
-    """A call that failed and may yet succeed, after `wait` seconds if the endpoint says so."""
+    """A call that failed and may yet succeed, after `wait` seconds if the endpoint says so.
 
-    def __init__(self, reason: str, wait: float | None = None):
+    `reached`: the endpoint has the question and has not refused it, so that it may charge for its answer.
+    """
+
+    def __init__(self, reason: str, wait: float | None = None, reached: bool = False):
         super().__init__(reason)
-        self.wait = wait
+        self.wait, self.reached = wait, reached
+
+
+@dataclass(frozen=True)
+class _Answer:
+    status: int
+    retry_after: str | None
+    raw: bytes
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -49,8 +64,9 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """`base_url` ends before /chat/completions. The key is read from the environment variable `key_env` for each call.
 
-    A call that fails is tried `retries` times again, after `backoff` seconds, twice that, and so on up to a minute,
-    each up to half as long or as short again by chance; longer where the endpoint asks for it by Retry-After.
+    A call takes `timeout` seconds at most, from its beginning to the last byte of the answer. One that fails is tried
+    `retries` times again, after `backoff` seconds, twice that, and so on up to a minute, each up to half as long or as
+    short again by chance; longer where the endpoint asks for it by Retry-After.
     """
 
     base_url: str
@@ -91,13 +107,18 @@ class Endpoint:
             )
         return found
 
-    def complete(self, body: dict[str, Any], stop: Event) -> Reply:
-        """The answer to one conversation; `stop` ends the waiting between tries."""
+    def complete(self, body: dict[str, Any], stop: Event, lost: Callable[[], None]) -> Reply:
+        """The answer to one conversation; `stop` ends the waiting between tries.
+
+        `lost` is called for each try that brought no answer and may be charged for all the same.
+        """
         for attempt in range(self.retries + 1):
             try:
                 return self._call(body)
             except _Again as failed:
-                reason, asked = str(failed), failed.wait
+                reason, asked, reached = str(failed), failed.wait, failed.reached
+            if reached:
+                lost()
             if asked is not None and asked > LONGEST_WAIT:
                 raise Refused(f"{self.base_url} asks to wait {asked:.0f} seconds ({reason}). {KEPT}")
             backoff = min(LONGEST_BACKOFF, self.backoff * 2**attempt) * JITTER.uniform(0.5, 1.5)
@@ -106,51 +127,78 @@ class Endpoint:
         raise Refused(f"{self.base_url} gave no answer in {attempt + 1} tries; the last: {reason}. {KEPT}")
 
     def _call(self, body: dict[str, Any]) -> Reply:
+        answer = self._answer(body)
+        told = self._without_key(answer.raw.decode(errors="replace"))
+        if not 200 <= answer.status < 300:
+            raise self._refusal(answer, told, body)
+        if len(answer.raw) > LARGEST:
+            raise _Again(f"an answer of more than {LARGEST} bytes", reached=True)
         try:
-            raw = self._post(body)
-        except urllib.error.HTTPError as error:
-            raise self._refusal(error, body) from None
-        except (OSError, http.client.HTTPException) as error:  # a URLError or a time-out is an OSError
-            cause = getattr(error, "reason", None) or error
-            raise _Again(f"{type(cause).__name__}: {cause}") from None
-        try:
-            found = json.loads(raw)
+            found = json.loads(answer.raw)
             choice, usage = found["choices"][0], found.get("usage")
             text = choice["message"]["content"]
             if not isinstance(text, str | None):
                 raise TypeError(f"the content is a {type(text).__name__}")
             tokens = [_count(usage, key) for key in ("prompt_tokens", "completion_tokens")]
             return Reply(text or "", str(found.get("model")), str(choice.get("finish_reason")), *tokens)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            shown = self._without_key(raw.decode(errors="replace"))[:200]
-            raise _Again(f"an answer that is no chat completion ({type(error).__name__}): {shown!r}") from None
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"an answer that is no chat completion ({type(error).__name__}): {told[:200]!r}"
+            raise _Again(reason, reached=True) from None
 
-    def _post(self, body: dict[str, Any]) -> bytes:
+    def _answer(self, body: dict[str, Any]) -> _Answer:
+        """Whatever the endpoint says in time.
+
+        A thread of its own waits for it, since the time-out of a socket begins anew with every byte. One that is given
+        up ends with its next byte, or with the process.
+        """
         key = self.key()
         headers = {"Content-Type": "application/json", "User-Agent": "welore"}
         headers |= {"Authorization": f"Bearer {key}"} if key else {}
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.build_opener(_Stay).open(request, timeout=self.timeout) as answer:
-            return answer.read()
+        answer: Future[_Answer] = Future()
 
-    def _refusal(self, error: urllib.error.HTTPError, body: dict[str, Any]) -> Exception:
-        """What an HTTP status means: to try again, or what to do about it."""
+        def ask() -> None:
+            try:
+                answer.set_result(self._asked(request, time.monotonic() + self.timeout))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        Thread(target=ask, daemon=True).start()
         try:
-            told = self._without_key(error.read().decode(errors="replace"))
-        except (OSError, http.client.HTTPException):
-            told = ""
-        said = f"HTTP {error.code}: {' '.join(told.split())[:200]}"
-        if error.code in (401, 403):
+            return answer.result(self.timeout)
+        except urllib.error.URLError as error:  # of a connection that was not made
+            raise _Again(_named(error.reason)) from None
+        except TimeoutError:
+            raise _Again(f"TimeoutError: no whole answer in {self.timeout:g} seconds", reached=True) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _Again(_named(error), reached=True) from None
+
+    def _asked(self, request: urllib.request.Request, until: float) -> _Answer:
+        try:
+            answer = urllib.request.build_opener(_Stay).open(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:  # an answer too, whose status says enough if its text breaks off
+            with error:
+                raw = b""
+                with suppress(OSError, http.client.HTTPException):
+                    raw = _read(error, until)
+                return _Answer(error.code, error.headers.get("Retry-After"), raw)
+        with answer:
+            return _Answer(answer.status, None, _read(answer, until))
+
+    def _refusal(self, answer: _Answer, told: str, body: dict[str, Any]) -> Exception:
+        """What an HTTP status means: to try again, or what to do about it."""
+        said = f"HTTP {answer.status}: {' '.join(told.split())[:200]}"
+        if answer.status in (401, 403):
             return Refused(
                 f"{self.base_url} refuses the key in the environment variable {self.key_env} ({said}). Put a key "
                 f"there that may use the model {body['model']}."
             )
         if "insufficient_quota" in told:
             return Refused(f"the account behind {self.key_env} has no credit left at {self.base_url} ({said}). {KEPT}")
-        if error.code in PASSING or error.code >= 500:
-            return _Again(said, _retry_after(error.headers.get("Retry-After")))
-        if 300 <= error.code < 400:
+        if answer.status in PASSING or answer.status >= 500:
+            return _Again(said, _retry_after(answer.retry_after))
+        if 300 <= answer.status < 400:
             return Refused(f"{self.base_url} sends elsewhere ({said}). Write the address it means as judge.base_url.")
         return Refused(f"{self.base_url} refuses the question to judge.model={body['model']} ({said}).")
 
@@ -161,6 +209,20 @@ class Endpoint:
 
 
 KEPT = "All judgments so far are kept: the same command asks for the rest."
+
+
+def _named(error: Any) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _read(answer: Any, until: float) -> bytes:
+    """The whole text, or little more than LARGEST of it; a TimeoutError where it is late."""
+    raw = b""
+    while len(raw) <= LARGEST and (part := answer.read1(2**16)):
+        raw += part
+        if time.monotonic() > until:
+            raise TimeoutError
+    return raw
 
 
 def _count(usage: Any, key: str) -> int:

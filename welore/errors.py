@@ -9,6 +9,14 @@ class Refused(ValueError):
     """
 
 
+def refuse_below(group: str, options: object, **least: float) -> None:
+    """Refuse the options of a group that lie below the least they may be; null is no number."""
+    for key, smallest in least.items():
+        value = getattr(options, key)
+        if value is not None and value < smallest:
+            raise Refused(f"{group}.{key}={value} is too small. Write {smallest} or more.")
+
+
 class Interrupted(BaseException):
     """A signal told the run to stop. Its checkpoint is written, and the same command goes on from it.
 

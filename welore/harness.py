@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from welore import metrics
 from welore.batches import tokenizer_identity
 from welore.cache import Cache, digest
-from welore.errors import Refused
+from welore.errors import Refused, refuse_below
 from welore.evaluate import Benchmark, Outcome, float32_logits
 from welore.tasks import Task
 
@@ -43,14 +43,13 @@ class Harness(Task):
             raise Refused(
                 "task.tasks=[] asks nothing. Write the names of the harness, such as task.tasks=[piqa,boolq]."
             )
-        for key, least in {"shots": 0, "limit": 1, "batch": 1}.items():
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise Refused(f"task.{key}={value} is too small. Write {least} or more.")
+        refuse_below("task", self, shots=0, limit=1, batch=1)
 
     def benchmark(self, tokenizer: Any, cache: Cache) -> "HarnessRun":
         if importlib.util.find_spec(PACKAGE) is None:
-            raise Refused("task=lm_eval needs lm-evaluation-harness, which is not installed. Run: pip install lm-eval")
+            raise Refused(
+                "task=lm_eval needs lm-evaluation-harness, which is not installed. Run: pip install -e .[lm_eval]"
+            )
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=self.path)

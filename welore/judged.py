@@ -15,11 +15,13 @@ from welore import metrics
 from welore.cache import Cache, digest
 from welore.chat import conversation, longest, replies, said
 from welore.compress import weight_digests
-from welore.errors import Refused
+from welore.errors import refuse_below
 from welore.evaluate import Benchmark, Outcome
-from welore.judges import Judge, Judgment, Request
+from welore.judges import CHARACTERS_PER_TOKEN, Judge, Judgment, Request
 from welore.sources import content
 from welore.tasks import Task
+
+STAGES = 2  # dense and compressed: nothing is trained
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,12 @@ class Judged(Task):
     judged: ClassVar[bool] = True
     what: ClassVar[str]  # its cases are
     shorter: ClassVar[str] = "a lower task.new_tokens"  # makes them
+    repo: str
     batch: int
     new_tokens: int
 
     def __post_init__(self):
-        self._at_least(batch=1, new_tokens=1)
-
-    def _at_least(self, **least: int) -> None:
-        for key, smallest in least.items():
-            value = getattr(self, key)
-            if value is not None and value < smallest:
-                raise Refused(f"task.{key}={value} asks nothing. Write {smallest} or more.")
+        refuse_below("task", self, batch=1, new_tokens=1)
 
     def cases(self) -> list[Case]:
         raise NotImplementedError
@@ -68,13 +65,28 @@ class Judged(Task):
         """What the judge is asked about one case."""
         raise NotImplementedError
 
-    def measures(self, cases: Sequence[Case], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-        """What can be said of the answers without a judge."""
-        return {}
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What can be measured of the answers to a case without a judge."""
+        return ()
+
+    def measured(self, cases: Sequence[Case], answers: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+        """The measures of each case."""
+        return [{} for _ in cases]
 
     def benchmark(self, tokenizer: Any, cache: Cache, judge: Judge) -> "Hearing":
         judge.prepare()
-        return Hearing(self, tokenizer, cache, judge)
+        hearing = Hearing(self, tokenizer, cache, judge)
+        if judge.judges:
+            judge.foretell(hearing.requests("x" * CHARACTERS_PER_TOKEN * self.new_tokens), STAGES)
+        return hearing
+
+    def fetch(self) -> str | None:
+        if self.path is not None:
+            return None
+        for case in self.cases():  # whatever they are read from, its client keeps it
+            self.requests(case, [""] * len(case.turns))
+        return f"{self.repo} from the hub"
 
     def identity(self) -> str:
         return content(self.path)
@@ -98,9 +110,13 @@ class Hearing(Benchmark):
 
     @property
     def identity(self) -> tuple[str | bytes, ...]:
-        blank = [self.task.requests(case, [""] * len(case.turns)) for case in self.cases]
-        asked = [(request.messages, request.aspects, request.form) for requests in blank for request in requests]
-        return f"{self.title} {self._how()}", json.dumps(self.judge.science()), json.dumps(asked)
+        asked = [(request.messages, request.aspects, request.form) for request in self.requests("")]
+        found = [self.judge.science(), self.task.measures, asked]
+        return f"{self.title} {self._how()}", *map(json.dumps, found)
+
+    def requests(self, answer: str) -> list[Request]:
+        """All that a judge is asked where every answer is this one."""
+        return [request for case in self.cases for request in self.task.requests(case, [answer] * len(case.turns))]
 
     def _how(self) -> str:
         """What the answers depend on beside the model: the batch too, for sums differ by their padding."""
@@ -110,10 +126,13 @@ class Hearing(Benchmark):
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         written = self._written(model, dtype, stage)
         found = {"empty": sum(not answer for answers in written.answers for answer in answers)}
-        found |= self.task.measures(self.cases, written.answers)
+        measured = self.task.measured(self.cases, written.answers)
+        found |= _means([case.category for case in self.cases], measured)
         lines = [
-            {"name": case.name, "category": case.category, "prompts": prompts, "written": answers}
-            for case, prompts, answers in zip(self.cases, written.prompts, written.answers, strict=True)
+            {"name": case.name, "category": case.category, "prompts": prompts, "written": answers} | values
+            for case, prompts, answers, values in zip(
+                self.cases, written.prompts, written.answers, measured, strict=True
+            )
         ]
         rate = len(self.cases) / written.seconds
         shared = {metrics.EVAL_EXAMPLES.key: len(self.cases), metrics.EVAL_QUESTIONS_PER_SECOND.key: rate}
@@ -171,6 +190,15 @@ def _talk(case: Case, answers: Sequence[str]) -> list[dict[str, str]]:
     for turn, answer in zip(case.turns, answers, strict=False):
         talk += [said("user", turn), said("assistant", answer)]
     return [*talk, said("user", case.turns[len(answers)])]
+
+
+def _means(categories: Sequence[str], measured: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of every measure, over all cases and over those of each category."""
+    found = {key: fmean(values[key] for values in measured) for key in measured[0]}
+    for category in dict.fromkeys(categories):
+        inside = [values for name, values in zip(categories, measured, strict=True) if name == category]
+        found |= {f"{key}/{category}": fmean(values[key] for values in inside) for key in measured[0]}
+    return found
 
 
 def counted(

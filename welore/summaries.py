@@ -5,20 +5,18 @@ model. Both prompts here are ours, and a summary is rated alone, with the articl
 """
 
 import importlib.util
-import json
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar
 
 from welore.chat import said
-from welore.errors import Refused
+from welore.errors import Refused, refuse_below
 from welore.judged import Case, Judged
 from welore.judges import Request, in_range
-from welore.sources import read_files, reading_hub
+from welore.sources import parsed, read_files, reading_hub
 
 PROMPT = "Summarize the following news article in three sentences. Write the summary and nothing else.\n\n{article}"
 ASPECTS = {
@@ -38,6 +36,7 @@ JUDGE = (
 )
 LINES = "\n".join(f"{aspect}: [[rating]]" for aspect in ASPECTS)
 FORM = "the four lines " + ", ".join(f'"{aspect}: [[rating]]"' for aspect in ASPECTS) + " with ratings from 1 to 10"
+ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}  # ours, and the names of the package
 SMALL, LARGE = 470, 790  # words: at most, and at least
 
 
@@ -51,7 +50,6 @@ class CnnDailyMail(Judged):
 
     what: ClassVar[str] = "articles"
     shorter: ClassVar[str] = "a lower task.new_tokens or task.most_words"
-    repo: str
     subset: str
     split: str
     per_class: int
@@ -61,12 +59,12 @@ class CnnDailyMail(Judged):
 
     def __post_init__(self):
         super().__post_init__()
-        self._at_least(per_class=1, most_words=LARGE)
+        refuse_below("task", self, per_class=1, most_words=LARGE)
 
     def cases(self) -> list[Case]:
         classes: dict[str, list[Case]] = {"small": [], "medium": [], "large": []}
         for number, raw in enumerate(self._raws()):
-            article, highlights = self._parsed(number, raw)
+            article, highlights = parsed(_texts, raw, number, self.source(), "the format of summaries")
             if self.most_words is None or len(article.split()) <= self.most_words:
                 name, category = str(raw.get("id", number)), length_class(article)
                 classes[category].append(Case(name, category, (PROMPT.format(article=article),), (highlights,)))
@@ -90,21 +88,6 @@ class CnnDailyMail(Judged):
         with reading_hub(f"the articles of {self.name}", self.repo, instead):
             return list(load_dataset(self.repo, self.subset, split=self.split))
 
-    def fetch(self) -> str | None:
-        if self.path is not None:
-            return None
-        self._raws()  # whose client keeps them
-        return f"{self.repo} from the hub"
-
-    def _parsed(self, number: int, raw: Any) -> tuple[str, str]:
-        found = [raw.get(key) if isinstance(raw, dict) else None for key in ("article", "highlights")]
-        if not all(isinstance(text, str) and text.strip() for text in found):
-            raise Refused(
-                f"record {number} of {self.source()} lacks a text in `article` or `highlights`. It is "
-                f"{json.dumps(raw, default=str)[:200]}"
-            )
-        return found[0].strip(), found[1].strip()
-
     def requests(self, case: Case, answers: Sequence[str]) -> list[Request]:
         aspects = "\n".join(f"* {aspect.capitalize()}: {meaning}." for aspect, meaning in ASPECTS.items())
         article = case.turns[0].removeprefix(PROMPT.format(article=""))
@@ -113,19 +96,24 @@ class CnnDailyMail(Judged):
 
     def benchmark(self, tokenizer, cache, judge):
         if self.rouge and importlib.util.find_spec("rouge_score") is None:
-            raise Refused("task.rouge=true needs a package. Run: pip install rouge-score, or write task.rouge=false.")
+            raise Refused("task.rouge=true needs a package. Run: pip install -e .[tasks], or write task.rouge=false.")
         return super().benchmark(tokenizer, cache, judge)
 
-    def measures(self, cases, answers):
-        """The mean F1 of ROUGE-1, -2 and -L with stemming, of all and of each class, from 0 to 1."""
+    @property
+    def measures(self):
+        return tuple(ROUGE) if self.rouge else ()
+
+    def measured(self, cases, answers):
         if not self.rouge:
-            return {}
-        by_case = rouge([case.references[0] for case in cases], [written[0] for written in answers])
-        found = {key: fmean(scores[key] for scores in by_case) for key in by_case[0]}
-        for category in dict.fromkeys(case.category for case in cases):
-            inside = [s for case, s in zip(cases, by_case, strict=True) if case.category == category]
-            found |= {f"{key}/{category}": fmean(scores[key] for scores in inside) for key in by_case[0]}
-        return found
+            return super().measured(cases, answers)
+        return rouge([case.references[0] for case in cases], [written[0] for written in answers])
+
+
+def _texts(raw: Any) -> tuple[str, str]:
+    found = [raw.get(key) for key in ("article", "highlights")]
+    if not all(isinstance(text, str) and text.strip() for text in found):
+        raise ValueError("it lacks a text in `article` or `highlights`")
+    return found[0].strip(), found[1].strip()
 
 
 def length_class(article: str) -> str:
@@ -141,9 +129,9 @@ def read_ratings(text: str) -> dict[str, float] | None:
 
 
 def rouge(references: Sequence[str], summaries: Sequence[str]) -> list[dict[str, float]]:
+    """F1 of ROUGE-1, -2 and -L with stemming, from 0 to 1, of each summary."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    keys = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
-    scorer = RougeScorer(list(keys.values()), use_stemmer=True)
+    scorer = RougeScorer(list(ROUGE.values()), use_stemmer=True)
     scores = [scorer.score(reference, summary) for reference, summary in zip(references, summaries, strict=True)]
-    return [{key: score[name].fmeasure for key, name in keys.items()} for score in scores]
+    return [{key: score[name].fmeasure for key, name in ROUGE.items()} for score in scores]
