@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from experiments import compare
+from experiments import compare, tuning
 from experiments.cells import Row
 from experiments.page import Outcomes, cited
 from experiments.tuning import Study
@@ -24,6 +24,7 @@ NOTES = [
     "where the better of two modes did not train, nothing can be said of them",
 ]
 SURE = 0.05
+NEEDS = (*tuning.NEEDS, "answers-tuned.jsonl")  # the questions that two modes answer alike are found in it
 
 
 def budget(study: Study) -> list[str]:

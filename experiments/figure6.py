@@ -21,7 +21,7 @@ from experiments.tuning import other_seeds as then  # noqa: F401, the cells that
 from welore import metrics
 from welore.report import number
 
-NEEDS = tuning.NEEDS
+NEEDS = asked.NEEDS
 ERR = 0.5
 MODES = ["welore", "full", "lora"]
 

@@ -20,7 +20,7 @@ from experiments.scales import MODELS, calibrated_on, factors, questions
 from experiments.tuning import Study, studies
 from welore.counts import is_possible
 
-NEEDS = tuning.NEEDS
+NEEDS = asked.NEEDS
 TASKS = ["commonsenseqa", "svamp", "boolq", "coinflip", "date", "strategyqa"]
 SIZES = [1221, 300, 3270, 150, 74, 687]  # of the test sets, as the paper says
 MODES = ["full", "lora", "galore", "welore"]

@@ -4,10 +4,11 @@
     python -m experiments who_learns outputs=benchmarks       the table, rendered from what was published
     cp -rn benchmarks/. outputs/                              go on from there: what is published is not run again
 
-Each run keeps its record and the files that its artefact draws, and no weights. Paths are made those of any machine:
-the folder of local data is written as $WELORE_DATA.
+Each run keeps its record and the files that its artefact draws, and no weights; of answers their verdicts, for the
+questions are their data set's. Paths are made those of any machine: the folder of local data is written as $WELORE_DATA.
 """
 
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from welore.explain import explain
 from welore.records import Record, records
 
 TARGET = Path("benchmarks")
+OF_ANSWERS = ("read", "verdict", "option", "rouge_l", "judgments")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,7 +80,19 @@ def write(record: Record, run: Path, folder: Path, needs: Sequence[str]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     record.save(folder)
     for file in needs:
-        shutil.copy(run / file, folder / file)
+        if not (run / file).exists():  # one that diverged has no answers
+            continue
+        if file.startswith("answers-"):
+            lines = (run / file).read_text(encoding="utf-8").split("\n")[:-1]
+            (folder / file).write_text("".join(f"{judged(line)}\n" for line in lines), encoding="utf-8")
+        else:
+            shutil.copy(run / file, folder / file)
+
+
+def judged(line: str) -> str:
+    """What was read of an answer and what it was found to be, without the question."""
+    answer = json.loads(line)
+    return json.dumps({key: answer[key] for key in OF_ANSWERS if key in answer}, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import publish  # noqa: E402
 
+from experiments import asked, table6  # noqa: E402
 from experiments.cells import Row, Runs  # noqa: E402
 from welore.errors import Refused  # noqa: E402
 from welore.records import Record, records  # noqa: E402
@@ -64,6 +65,18 @@ def test_a_run_that_diverged_keeps_its_reason_without_lines_of_code(tmp_path, da
     published(row, outputs, [])
     ((_, record),) = records(tmp_path / "benchmarks")
     assert (record.status, record.error) == ("failed", "FloatingPointError: the loss of step 3 is nan")
+
+
+def test_answers_keep_their_verdicts_and_not_the_questions_of_a_data_set(tmp_path, data):
+    row, outputs = ran(tmp_path)
+    answers = [{"prompt": "Is it?", "right": "yes", "written": "no\u0085", "read": "no", "verdict": "wrong"}]
+    answers += [{"prompt": "Is it so?", "right": "yes", "written": "yes", "read": "yes", "verdict": "right"}]
+    lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    (row.folder / "answers-tuned.jsonl").write_text(lines, encoding="utf-8")
+    published(row, outputs, table6.NEEDS)
+    folder = tmp_path / "benchmarks" / row.folder.relative_to(outputs)
+    assert asked.verdicts(folder) == asked.verdicts(row.folder) == [False, True]
+    assert "Is it" not in (folder / "answers-tuned.jsonl").read_text()
 
 
 def test_a_path_that_nobody_else_has_is_refused(tmp_path, data):
