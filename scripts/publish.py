@@ -4,8 +4,8 @@
     python -m experiments who_learns outputs=benchmarks       the table, rendered from what was published
     cp -rn benchmarks/. outputs/                              go on from there: what is published is not run again
 
-Each run keeps its record and the files that its artefact draws, and no weights; of answers their verdicts, for the
-questions are their data set's. Paths are made those of any machine: the folder of local data is written as $WELORE_DATA.
+Each run keeps its record and the files that its artefact draws, and no weights; of answers it keeps the verdicts, for
+the questions are those of a data set. Paths are made those of any machine: the folder of local data is $WELORE_DATA.
 """
 
 import json
