@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from welore import runner
-from welore.config import compose, to_config
+from welore.config import CONF, compose, to_config
 from welore.errors import Interrupted, Refused
 from welore.history import History
 from welore.lowrank import LowRankLinear
@@ -49,6 +49,9 @@ def config_of(outputs: Path, *overrides: str):
 
 MODES = {
     "welore": ["mode=welore"],
+    "nlrc": ["mode=nlrc"],
+    "full": ["mode=full"],
+    "full with layers run again": ["mode=full", "trainer.recompute=true"],
     "bfloat16 weights with float32 masters": ["mode=full", "model.dtype=bfloat16"],
     "galore": ["mode=galore", "mode.rank=8", "mode.gap=5"],
     "lora on factors": ["mode=lora"],
@@ -67,17 +70,33 @@ MODES = {
     "lora-xs": ["mode=lora_xs"],
     "lisa in the middle of a turn": ["mode=lisa", "mode.layers=1", "mode.gap=3"],
     "lisa with masters": ["mode=lisa", "mode.layers=1", "mode.gap=5", "model.dtype=bfloat16"],
+    "lisa by outliers": ["mode=lisa", "mode.layers=1", "mode.gap=3", "mode.sampling=outlier", "mode.outlier=2"],
+    "chosen lrc": ["mode=chosen", "mode.who=lrc"],
+    "chosen nlrc": ["mode=chosen", "mode.who=nlrc"],
+    "chosen all": ["mode=chosen", "mode.who=all"],
     "random": ["mode=random"],
     "apollo": ["mode=apollo", "mode.rank=8", "mode.gap=4"],
+    "apollo-mini": ["mode=apollo", "mode.rank=1", "mode.gap=4", "mode.scale=128", "mode.per=tensor"],
     "fira": ["mode=fira", "mode.rank=8", "mode.gap=4"],
     "muon": ["mode=muon"],
     "padded token budget": ["task.training.pack=false", "task.training.steps=null", "task.training.tokens=1500"],
+}
+NOT_HERE = {
+    "none": "trains nothing",
+    "welore_8bit": "needs a GPU; its optimizer goes on from a saved state in test_steppers.py",
+    "full_8bit": "likewise",
 }
 
 
 # Three whole runs each: the default tests take the plainest and the one with most state.
 QUICK = ("welore", "lisa in the middle of a turn")
 TABLE = [pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) for k, v in MODES.items()]
+
+
+def test_the_table_holds_every_mode():
+    held = {override.removeprefix("mode=") for overrides in MODES.values() for override in overrides[:1]}
+    every = {file.stem for file in (CONF / "mode").glob("*.yaml")}
+    assert every - held == NOT_HERE.keys()
 
 
 def stop_in_step_5(outputs: Path, monkeypatch, *overrides: str) -> None:
