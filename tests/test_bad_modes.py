@@ -45,6 +45,14 @@ MODELS = [
         )
         for mode in ("lora", "pissa", "mica", "randlora", "lora_xs")
     ],
+    *[
+        (
+            f"mode={mode}",
+            ["mode.rank=128 projects nothing", f"mode={mode} would be plain Adam", "side is 64", "a rank below 64"],
+        )
+        for mode in ("galore", "fira", "apollo")
+    ],
+    ("mode=galore mode.rank=64", ["mode.rank=64 projects nothing", "a rank below 64, or mode=full"]),
     ("mode=lisa mode.layers=3", ["mode.layers=3, and the model has 2"]),
 ]
 NO_LRC = ["sv", "random"]
@@ -64,6 +72,11 @@ def test_what_the_model_cannot_take_is_refused(compressed, configured, overrides
         select(compressed, configured(*overrides.split()).mode)
     assert [piece for piece in pieces if piece not in str(refused.value)] == [], refused.value
     assert ADVICE.search(str(refused.value))
+
+
+@pytest.mark.parametrize("mode", ["galore", "fira", "apollo"])
+def test_a_projection_of_the_widest_weights_alone_is_allowed(compressed, configured, mode):
+    assert select(compressed, configured(f"mode={mode}", "mode.rank=63").mode)
 
 
 @pytest.mark.parametrize("mode", NO_LRC)

@@ -90,7 +90,7 @@ def test_with_norms_what_lrc_and_n_lrc_share_is_the_norms(trainables, compressed
     assert len(norms) == 5
     lrc, n_lrc = trainables("mode=welore"), trainables("mode=nlrc")
     assert lrc & n_lrc == norms
-    assert lrc | n_lrc == trainables("mode=full") == trainables("mode=galore")
+    assert lrc | n_lrc == trainables("mode=full") == trainables(*GALORE)
 
 
 @every_trained

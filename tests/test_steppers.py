@@ -122,10 +122,10 @@ def test_masters_are_float32_and_the_model_is_their_rounding(kind, options):
     assert all(m.dtype == torch.float32 and torch.equal(p, m.bfloat16()) for p, m in optimizer.pairs)
 
 
-@pytest.mark.parametrize("mode", ["apollo", "fira", "muon"])
+@pytest.mark.parametrize("mode", ["apollo mode.rank=8", "fira mode.rank=8", "muon"])
 def test_they_train_what_full_trains(compressed, configured, mode):
     names = {id(p) for p in select(compressed, configured("mode=full").mode)}
-    assert {id(p) for p in select(compressed, configured(f"mode={mode}").mode)} == names
+    assert {id(p) for p in select(compressed, configured(*f"mode={mode}".split()).mode)} == names
 
 
 def test_lisa_trains_the_drawn_layers_alone_and_drops_the_moments_of_the_others(compressed, configured, train):

@@ -142,6 +142,17 @@ class GaLore(Full):
                 f"and a scale above 0."
             )
 
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        parameters = super().trainables(model)
+        widest = max((min(p.shape) for p in parameters if p.ndim == 2), default=0)
+        if parameters and widest <= self.rank:
+            lower = f"a rank below {widest}, or " if widest > 1 else ""
+            raise Refused(
+                f"mode.rank={self.rank} projects nothing, so that mode={self.name} would be plain Adam: of all "
+                f"matrices that it trains the longest shorter side is {widest}. Write {lower}mode=full."
+            )
+        return parameters
+
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
         return GaLoreAdamW(parameters, rank=self.rank, gap=self.gap, scale=self.scale, **options)
