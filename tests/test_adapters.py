@@ -139,6 +139,28 @@ def test_lora_plus_gives_b_its_own_learning_rate_and_float32_masters(compressed,
     assert len(slow["params"]) + len(fast["params"]) == len(parameters)
 
 
+@pytest.mark.parametrize("mode", ["lora", "dora"])
+def test_an_adapter_wider_than_its_factor_is_announced_and_stays(compressed, configured, capsys, mode):
+    thin = {name: rank for name, rank in ranks(compressed).items() if rank < 30}
+    name, rank = min(thin.items(), key=lambda item: item[1])
+    layer = compressed.get_submodule(name)
+    select(compressed, configured(f"mode={mode}", "mode.rank=30").mode)
+    assert layer.B.lora_A.default.weight.shape == (30, layer.in_features)
+    found = capsys.readouterr().err
+    assert f"mode.rank=30 is above the rank of {2 * len(thin)} factors, such as {name}.A with {rank}:" in found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("mode=lora",), ("mode=lora", "mode.rank=30", MERGED), ("mode=pissa", "mode.rank=30")],
+    ids=["no wider", "merged", "stops at its rank"],
+)
+def test_no_other_adapter_is_announced(compressed, configured, capsys, overrides):
+    assert 8 < min(ranks(compressed).values()) < 30
+    select(compressed, configured(*overrides).mode)
+    assert capsys.readouterr().err == ""
+
+
 def test_rslora_divides_by_the_root_of_the_rank(compressed, configured):
     select(compressed, configured("mode=rslora", "mode.rank=4", "mode.alpha=6").mode)
     layers = [m for m in compressed.modules() if hasattr(m, "lora_A")]
