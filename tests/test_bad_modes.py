@@ -1,6 +1,7 @@
 """What a mode cannot do is refused with what was wrong, what was there and what to write."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -89,5 +90,14 @@ def test_a_mode_of_lrcs_is_refused_where_there_are_none(model, compress, configu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("mode", ["welore", "full"])
 def test_eight_bits_are_refused_without_a_gpu(compressed, configured, mode):
+    strategy = configured(f"mode={mode}_8bit").mode
+    parameters = select(compressed, strategy)
     with pytest.raises(Refused, match=f"mode={mode}_8bit.*needs a GPU.*Write mode={mode},"):
-        select(compressed, configured(f"mode={mode}_8bit").mode)
+        strategy.optimizer(parameters)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_eight_bits_are_refused_without_their_library(configured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(Refused, match="mode=full_8bit needs bitsandbytes.*Run: pip install bitsandbytes"):
+        configured("mode=full_8bit").mode.optimizer([])
