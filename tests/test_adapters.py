@@ -1,5 +1,7 @@
 """Every adapter and part starts as the compressed model and ends as LRC and N-LRC that compute what was trained."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -159,6 +161,17 @@ def test_no_other_adapter_is_announced(compressed, configured, capsys, overrides
     assert 8 < min(ranks(compressed).values()) < 30
     select(compressed, configured(*overrides).mode)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "mode", ["lora", "rslora", "dora", "pissa", "mica", "lora_plus", "randlora", "osf", "lora_xs"]
+)
+def test_adapters_need_no_lrc(model, configured, mode):
+    names = set(components(model))
+    select(model, configured(f"mode={mode}").mode)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    adapted = {re.match(r"(.*?)\.(lora_|randlora_|osf_|core)", name)[1] for name in trained}
+    assert len(names) == 14 and adapted == names
 
 
 def test_rslora_divides_by_the_root_of_the_rank(compressed, configured):

@@ -3,6 +3,7 @@ import torch
 
 from welore import module
 from welore.compress import weight_digests
+from welore.errors import Refused
 from welore.evaluate import perplexity
 from welore.models import components
 from welore.modes import select
@@ -82,6 +83,16 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(compressed, train):
     assert checkpoint["state_dict"].keys() == {f"model.{name}" for name in tuner.names}
     assert checkpoint["tokens_seen"] == 128
     assert len(tuner.names) < len(tuner.state_dict())
+
+
+def test_a_checkpoint_without_a_layer_that_an_adapter_is_on_is_refused_with_its_name(compressed, train, tmp_path):
+    tuner = train(compressed, "mode=lora", "task.training.steps=1")
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    name = next(name for name in saved["state_dict"] if "k_proj" in name)
+    tuner.on_load_checkpoint(saved)
+    del saved["state_dict"][name]
+    with pytest.raises(Refused, match=f"lacks .*{name}.*of another run. Write force=true"):
+        tuner.on_load_checkpoint(saved)
 
 
 MERGED = "mode.lora_on=merged"
