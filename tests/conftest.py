@@ -7,11 +7,15 @@ import subprocess
 import sys
 from copy import deepcopy
 from functools import lru_cache
+from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "offline", "TQDM_DISABLE": "1"}
 
+import eight_bits as layout
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -180,6 +184,25 @@ def train(configured, tokenizer, cache, text_file, tmp_path):
         return tuner
 
     return train
+
+
+@pytest.fixture(params=["its layout", *(["bitsandbytes"] if find_spec("bitsandbytes") else [])])
+def eight_bits(request, monkeypatch):
+    """A function of a mode and parameters to its 8-bit optimizer, as if there were a GPU: of a stand-in for
+    bitsandbytes with the same states, and of the library itself where it is installed."""
+    if request.param == "its layout":
+        stand_in = ModuleType("bitsandbytes")
+        stand_in.__spec__, stand_in.optim = ModuleSpec("bitsandbytes", None), layout
+        monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
+    else:
+        import_module("bitsandbytes")  # which looks for a GPU, and is not to find one
+
+    def optimizer(mode, parameters):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.cuda, "is_available", lambda: True)
+            return mode.optimizer(parameters)
+
+    return optimizer
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Every adapter and part starts as the compressed model and ends as LRC and N-LRC that compute what was trained."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -137,6 +139,39 @@ def test_lora_plus_gives_b_its_own_learning_rate_and_float32_masters(compressed,
     assert [p.shape for p in fast["params"]] == [p.shape for p in ups]
     assert all(p.dtype == torch.float32 for group in (slow, fast) for p in group["params"])
     assert len(slow["params"]) + len(fast["params"]) == len(parameters)
+
+
+@pytest.mark.parametrize("mode", ["lora", "dora"])
+def test_an_adapter_wider_than_its_factor_is_announced_and_stays(compressed, configured, capsys, mode):
+    thin = {name: rank for name, rank in ranks(compressed).items() if rank < 30}
+    name, rank = min(thin.items(), key=lambda item: item[1])
+    layer = compressed.get_submodule(name)
+    select(compressed, configured(f"mode={mode}", "mode.rank=30").mode)
+    assert layer.B.lora_A.default.weight.shape == (30, layer.in_features)
+    found = capsys.readouterr().err
+    assert f"mode.rank=30 is above the rank of {2 * len(thin)} factors, such as {name}.A with {rank}:" in found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("mode=lora",), ("mode=lora", "mode.rank=30", MERGED), ("mode=pissa", "mode.rank=30")],
+    ids=["no wider", "merged", "stops at its rank"],
+)
+def test_no_other_adapter_is_announced(compressed, configured, capsys, overrides):
+    assert 8 < min(ranks(compressed).values()) < 30
+    select(compressed, configured(*overrides).mode)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "mode", ["lora", "rslora", "dora", "pissa", "mica", "lora_plus", "randlora", "osf", "lora_xs"]
+)
+def test_adapters_need_no_lrc(model, configured, mode):
+    names = set(components(model))
+    select(model, configured(f"mode={mode}").mode)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    adapted = {re.match(r"(.*?)\.(lora_|randlora_|osf_|core)", name)[1] for name in trained}
+    assert len(names) == 14 and adapted == names
 
 
 def test_rslora_divides_by_the_root_of_the_rank(compressed, configured):

@@ -1,6 +1,7 @@
 """What a mode cannot do is refused with what was wrong, what was there and what to write."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ MODELS = [
         )
         for mode in ("lora", "pissa", "mica", "randlora", "lora_xs")
     ],
+    *[
+        (
+            f"mode={mode}",
+            ["mode.rank=128 projects nothing", f"mode={mode} would be plain Adam", "side is 64", "a rank below 64"],
+        )
+        for mode in ("galore", "fira", "apollo")
+    ],
+    ("mode=galore mode.rank=64", ["mode.rank=64 projects nothing", "a rank below 64, or mode=full"]),
     ("mode=lisa mode.layers=3", ["mode.layers=3, and the model has 2"]),
 ]
 NO_LRC = ["sv", "random"]
@@ -66,6 +75,11 @@ def test_what_the_model_cannot_take_is_refused(compressed, configured, overrides
     assert ADVICE.search(str(refused.value))
 
 
+@pytest.mark.parametrize("mode", ["galore", "fira", "apollo"])
+def test_a_projection_of_the_widest_weights_alone_is_allowed(compressed, configured, mode):
+    assert select(compressed, configured(f"mode={mode}", "mode.rank=63").mode)
+
+
 @pytest.mark.parametrize("mode", NO_LRC)
 def test_a_mode_of_lrcs_is_refused_where_there_are_none(model, compress, configured, mode):
     compress(model, Budget(err=0.0))
@@ -76,5 +90,14 @@ def test_a_mode_of_lrcs_is_refused_where_there_are_none(model, compress, configu
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("mode", ["welore", "full"])
 def test_eight_bits_are_refused_without_a_gpu(compressed, configured, mode):
+    strategy = configured(f"mode={mode}_8bit").mode
+    parameters = select(compressed, strategy)
     with pytest.raises(Refused, match=f"mode={mode}_8bit.*needs a GPU.*Write mode={mode},"):
-        select(compressed, configured(f"mode={mode}_8bit").mode)
+        strategy.optimizer(parameters)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_eight_bits_are_refused_without_their_library(configured, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(Refused, match="mode=full_8bit needs bitsandbytes.*Run: pip install bitsandbytes"):
+        configured("mode=full_8bit").mode.optimizer([])

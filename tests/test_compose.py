@@ -43,6 +43,7 @@ def options(group, *but):
 # Modes that meet every other option; each of the rest runs once, on a pruned model under autocast.
 MODES = ("none", "welore", "nlrc", "full", "lora", "galore")
 EIGHT_BIT = ("welore_8bit", "full_8bit")  # these need a GPU
+PROJECTED = {"mode=galore", "mode=fira", "mode=apollo"}  # whose default rank is above every side of this model
 
 AXES = {
     "svd": options("svd"),
@@ -102,8 +103,9 @@ def ran(configured, text_file, tmp_path_factory):
         dense = [] if "ranks=welore_all" in overrides or "ranks=sensitivity" in overrides else ["ranks.dense=half"]
         where = [] if "prune=none" in overrides or "prune.where" in " ".join(overrides) else ["prune.where=all"]
         epochs = ["refine.epochs=1"] if "refine=block" in overrides else []
+        rank = ["mode.rank=8"] if PROJECTED & set(overrides) else []
         chosen = configured(
-            *SMALL, f"task.path={text_file}", f"outputs={outputs}", *overrides, *dense, *where, *epochs
+            *SMALL, f"task.path={text_file}", f"outputs={outputs}", *overrides, *dense, *where, *epochs, *rank
         )
         return chosen, run(chosen, outputs / fingerprint(chosen))
 

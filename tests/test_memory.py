@@ -107,6 +107,24 @@ def test_what_is_held_and_gradients_are_those_of_a_real_step(mode, dtype, compre
     assert footprint.held["weights"] == count_bytes(model)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mode", ["welore_8bit", "full_8bit"])
+def test_eight_bit_states_are_those_of_their_optimizer(mode, dtype, compressed, configured, eight_bits):
+    """Of matrices as large as to be kept in bytes, and of the small rest."""
+    config = configured(f"mode={mode}")
+    model = compressed.to(getattr(torch, dtype)).train()
+    parameters = select(model, config.mode)
+    sizes = [p.numel() for p in parameters]
+    assert min(sizes) < 4096 <= max(sizes)
+    footprint = predict(model, config.mode, parameters, Step(2, 40, None))
+    optimizer = eight_bits(config.mode, parameters)
+    total, _ = causal_loss(model)(IDS_BL, IDS_BL)
+    total.backward()
+    optimizer.step()
+    held = footprint.held["optimizer states"] + footprint.held["float32 masters"]
+    assert held == state_bytes(optimizer)
+
+
 def test_the_largest_batch_is_the_last_that_fits(compressed, configured):
     config = configured("mode=full")
     parameters = select(compressed, config.mode)

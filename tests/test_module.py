@@ -1,8 +1,13 @@
 import pytest
 import torch
 
+from welore import module
+from welore.compress import weight_digests
+from welore.errors import Refused
 from welore.evaluate import perplexity
 from welore.models import components
+from welore.modes import select
+from welore.module import base_digest, known_digests
 from welore.records import read_history
 
 
@@ -78,3 +83,60 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(compressed, train):
     assert checkpoint["state_dict"].keys() == {f"model.{name}" for name in tuner.names}
     assert checkpoint["tokens_seen"] == 128
     assert len(tuner.names) < len(tuner.state_dict())
+
+
+def test_a_checkpoint_without_a_layer_that_an_adapter_is_on_is_refused_with_its_name(compressed, train, tmp_path):
+    tuner = train(compressed, "mode=lora", "task.training.steps=1")
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    name = next(name for name in saved["state_dict"] if "k_proj" in name)
+    tuner.on_load_checkpoint(saved)
+    del saved["state_dict"][name]
+    with pytest.raises(Refused, match=f"lacks .*{name}.*of another run. Write force=true"):
+        tuner.on_load_checkpoint(saved)
+
+
+MERGED = "mode.lora_on=merged"
+PREPARED = [
+    ["welore"],
+    ["lora"],
+    ["pissa"],
+    ["pissa", MERGED],
+    ["mica"],
+    ["dora", MERGED],
+    ["randlora"],
+    ["osf"],
+    ["sv"],
+    ["lora_xs"],
+]
+
+
+@pytest.mark.parametrize("mode", PREPARED, ids=" ".join)
+def test_digests_of_before_stand_for_nothing_that_a_mode_has_made(mode, compressed, configured):
+    """PiSSA, for one, leaves other numbers in the same parameter."""
+    known = known_digests(compressed, weight_digests(compressed))
+    parameters = select(compressed, configured(f"mode={mode[0]}", *mode[1:]).mode)
+    assert base_digest(compressed, parameters, known) == base_digest(compressed, parameters, {})
+
+
+@pytest.mark.parametrize("mode", ["welore", "full", "lora", "mica"])
+def test_what_a_mode_leaves_as_it_is_is_not_hashed_again(mode, compressed, configured, monkeypatch):
+    hashed, digests = {}, module.digests
+    monkeypatch.setattr(module, "digests", lambda tensors: hashed.update(tensors) or digests(tensors))
+    known = known_digests(compressed, weight_digests(compressed))
+    parameters = select(compressed, configured(f"mode={mode}").mode)
+    base_digest(compressed, parameters, known)
+    buffers = dict(compressed.named_buffers())
+    assert hashed and all(name in buffers or mode == "mica" and ".lora_B." in name for name in hashed)
+
+
+@pytest.mark.parametrize("mode", ["welore", "nlrc", "lora", "mica", "lora_xs", "sv"])
+def test_the_base_is_all_that_does_not_train(mode, compressed, configured):
+    parameters = select(compressed, configured(f"mode={mode}").mode)
+    before, chosen = base_digest(compressed, parameters, {}), {id(parameter) for parameter in parameters}
+    for tensor in (*compressed.parameters(), *compressed.buffers()):
+        last = (-1,) * tensor.ndim
+        number = tensor.data[last].clone()
+        tensor.data[last] += 1
+        assert (base_digest(compressed, parameters, {}) == before) == (id(tensor) in chosen)
+        tensor.data[last] = number
+    assert base_digest(compressed, parameters, {}) == before

@@ -6,16 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from welore.config import compose, to_config
-from welore.errors import Interrupted
+from welore import runner
+from welore.config import CONF, compose, to_config
+from welore.errors import Interrupted, Refused
 from welore.history import History
+from welore.lowrank import LowRankLinear
 from welore.module import Tuner
+from welore.parts import CoreLinear, LoraXs
 from welore.records import Record, read_history
 from welore.runner import run
 
@@ -44,6 +49,9 @@ def config_of(outputs: Path, *overrides: str):
 
 MODES = {
     "welore": ["mode=welore"],
+    "nlrc": ["mode=nlrc"],
+    "full": ["mode=full"],
+    "full with layers run again": ["mode=full", "trainer.recompute=true"],
     "bfloat16 weights with float32 masters": ["mode=full", "model.dtype=bfloat16"],
     "galore": ["mode=galore", "mode.rank=8", "mode.gap=5"],
     "lora on factors": ["mode=lora"],
@@ -62,11 +70,21 @@ MODES = {
     "lora-xs": ["mode=lora_xs"],
     "lisa in the middle of a turn": ["mode=lisa", "mode.layers=1", "mode.gap=3"],
     "lisa with masters": ["mode=lisa", "mode.layers=1", "mode.gap=5", "model.dtype=bfloat16"],
+    "lisa by outliers": ["mode=lisa", "mode.layers=1", "mode.gap=3", "mode.sampling=outlier", "mode.outlier=2"],
+    "chosen lrc": ["mode=chosen", "mode.who=lrc"],
+    "chosen nlrc": ["mode=chosen", "mode.who=nlrc"],
+    "chosen all": ["mode=chosen", "mode.who=all"],
     "random": ["mode=random"],
     "apollo": ["mode=apollo", "mode.rank=8", "mode.gap=4"],
+    "apollo-mini": ["mode=apollo", "mode.rank=1", "mode.gap=4", "mode.scale=128", "mode.per=tensor"],
     "fira": ["mode=fira", "mode.rank=8", "mode.gap=4"],
     "muon": ["mode=muon"],
     "padded token budget": ["task.training.pack=false", "task.training.steps=null", "task.training.tokens=1500"],
+}
+NOT_HERE = {
+    "none": "trains nothing",
+    "welore_8bit": "needs a GPU; its optimizer goes on from a saved state in test_steppers.py",
+    "full_8bit": "likewise",
 }
 
 
@@ -75,22 +93,32 @@ QUICK = ("welore", "lisa in the middle of a turn")
 TABLE = [pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) for k, v in MODES.items()]
 
 
-@pytest.mark.parametrize("overrides", TABLE)
-def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch, overrides):
-    whole = run(config_of(tmp_path, *overrides), tmp_path / "whole")
+def test_the_table_holds_every_mode():
+    held = {override.removeprefix("mode=") for overrides in MODES.values() for override in overrides[:1]}
+    every = {file.stem for file in (CONF / "mode").glob("*.yaml")}
+    assert every - held == NOT_HERE.keys()
+
+
+def stop_in_step_5(outputs: Path, monkeypatch, *overrides: str) -> None:
+    """Leave a run in the folder `cut` whose fifth step was its last."""
     steps = Tuner.training_step
 
-    def stop_inside_step_5(tuner, batch, index):
+    def signalled(tuner, batch, index):
         if index == 9:  # the first pass of the fifth step
             os.kill(os.getpid(), signal.SIGTERM)
         return steps(tuner, batch, index)
 
-    monkeypatch.setattr(Tuner, "training_step", stop_inside_step_5)
-    with pytest.raises(Interrupted, match="after step 5"):
-        run(config_of(tmp_path, *overrides), tmp_path / "cut")
-    assert Record.read(tmp_path / "cut").status == "failed"
-    assert len(losses(tmp_path / "cut")) == 5
-    monkeypatch.setattr(Tuner, "training_step", steps)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="after step 5"):
+        patched.setattr(Tuner, "training_step", signalled)
+        run(config_of(outputs, *overrides), outputs / "cut")
+    assert Record.read(outputs / "cut").status == "failed"
+    assert len(losses(outputs / "cut")) == 5
+
+
+@pytest.mark.parametrize("overrides", TABLE)
+def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch, overrides):
+    whole = run(config_of(tmp_path, *overrides), tmp_path / "whole")
+    stop_in_step_5(tmp_path, monkeypatch, *overrides)
     resumed = run(config_of(tmp_path, *overrides), tmp_path / "cut")
 
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -99,6 +127,74 @@ def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch,
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("cut", "whole"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not (tmp_path / "cut" / "checkpoints").exists()
+
+
+@torch.no_grad()
+def turn_signs(model) -> None:
+    """Give the first LRC the signs that another decomposition may find: the same product."""
+    lrc = next(module for module in model.modules() if isinstance(module, LowRankLinear))
+    lrc.A.weight[:, 0].neg_()
+    lrc.B.weight[0].neg_()
+
+
+@torch.no_grad()
+def turn_vectors(model) -> None:
+    """The same of the vectors between which LoRA-XS trains."""
+    core = next(module for module in model.modules() if isinstance(module, CoreLinear))
+    core.A[:, 0].neg_()
+    core.B[0].neg_()
+
+
+def made_otherwise(monkeypatch, change: Callable, place: object, name: str) -> None:
+    """Let the model be changed whenever the method `name` of `place` has prepared it."""
+    method = getattr(place, name)
+
+    def changed(*arguments):
+        found = method(*arguments)
+        change(next(argument for argument in arguments if isinstance(argument, PreTrainedModel)))
+        return found
+
+    monkeypatch.setattr(place, name, changed)
+
+
+OTHERWISE = {
+    "factors under adapters": (["mode=lora"], turn_signs, runner, "compress"),
+    "factors under nothing that trains": (["mode=nlrc"], turn_signs, runner, "compress"),
+    "vectors beside what trains": (["mode=lora_xs"], turn_vectors, LoraXs, "prepare"),
+}
+CHANGED = [pytest.param(*v, id=k, marks=[] if "adapters" in k else [pytest.mark.slow]) for k, v in OTHERWISE.items()]
+
+
+@pytest.mark.parametrize(("overrides", "change", "place", "name"), CHANGED)
+def test_a_run_does_not_go_on_upon_another_base(tmp_path, monkeypatch, overrides, change, place, name):
+    stop_in_step_5(tmp_path, monkeypatch, *overrides)
+    with monkeypatch.context() as patched, pytest.raises(Refused, match="came out otherwise.*Write force=true"):
+        made_otherwise(patched, change, place, name)
+        run(config_of(tmp_path, *overrides), tmp_path / "cut")
+    assert run(config_of(tmp_path, *overrides), tmp_path / "cut").status == "done"  # the checkpoint is still there
+    assert len(losses(tmp_path / "cut")) == 12
+
+
+@pytest.mark.slow
+def test_what_a_checkpoint_holds_may_be_made_otherwise(tmp_path, monkeypatch):
+    """Factors that train are taken from the checkpoint, and so are their signs."""
+    run(config_of(tmp_path, "mode=welore"), tmp_path / "whole")
+    stop_in_step_5(tmp_path, monkeypatch, "mode=welore")
+    made_otherwise(monkeypatch, turn_signs, runner, "compress")
+    run(config_of(tmp_path, "mode=welore"), tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_the_digest_of_its_base_goes_on(tmp_path, monkeypatch):
+    """As those that were written before there was one."""
+    stop_in_step_5(tmp_path, monkeypatch, "mode=lora")
+    file = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    del checkpoint["base"]
+    torch.save(checkpoint, file)
+    assert run(config_of(tmp_path, "mode=lora"), tmp_path / "cut").status == "done"
+    assert [line[0] for line in losses(tmp_path / "cut")] == list(range(12))
 
 
 def lines(folder: Path) -> list[dict]:

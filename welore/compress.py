@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -37,14 +37,18 @@ VALUES_FIRST = 2048  # shorter sides above this are decomposed without vectors u
 
 def weight_digests(model: PreTrainedModel) -> dict[str, str]:
     """The content of every parameter, hashed: the keys of all that is computed from weights."""
+    return digests(dict(model.named_parameters()))
 
-    def hashed(parameter: nn.Parameter) -> str:
-        raw = memoryview(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest(f"{tuple(parameter.shape)} {parameter.dtype}", hashlib.sha256(raw).digest())
 
-    names, parameters = zip(*model.named_parameters(), strict=True)
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The shape, the dtype and the content of each, hashed."""
+
+    def hashed(tensor: Tensor) -> str:
+        raw = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest(f"{tuple(tensor.shape)} {tensor.dtype}", hashlib.sha256(raw).digest())
+
     with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(hashed, parameters), strict=True))
+        return dict(zip(tensors, pool.map(hashed, tensors.values()), strict=True))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ autograd saves them; others are refused. Shape suffixes: B = sequences, L = toke
 size, I = intermediate size, N = inputs of a weight, R = rank.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -19,10 +20,11 @@ from welore.lowrank import LowRankLinear
 from welore.measure import GIB
 from welore.models import DTYPES, count_bytes, decoder_layers
 from welore.modes import GaLore, Mode
+from welore.steppers import EightBit
 
 FLOAT32 = torch.float32.itemsize
 KNOWN = ("llama", "mistral", "qwen2")
-MODES = ("welore", "nlrc", "full", "chosen", "random", "lora", "rslora", "galore")
+MODES = ("welore", "nlrc", "full", "chosen", "random", "lora", "rslora", "galore", "welore_8bit", "full_8bit")
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,8 @@ def _casts(model: PreTrainedModel, step: Step) -> dict[int, tuple[int, bool]]:
 
 def _states(mode: Mode, parameters: list[nn.Parameter]) -> int:
     """Two moments in float32; under GaLore those of the projected gradient, and the projection."""
+    if isinstance(mode, EightBit):
+        return _eight_bits([p.numel() for p in parameters])
     if not isinstance(mode, GaLore):
         return sum(2 * FLOAT32 * p.numel() for p in parameters)
     total = 0
@@ -234,8 +238,18 @@ def _states(mode: Mode, parameters: list[nn.Parameter]) -> int:
     return total
 
 
+def _eight_bits(sizes: list[int]) -> int:
+    """What bitsandbytes keeps (read in version 0.50.2): for each moment a byte a number, and a float32 scale for every
+    256 of them. Tensors of less than 4,096 numbers keep float32. Two tables of 256 values are shared by all.
+    """
+    whole = [size for size in sizes if size < 4096]
+    cut = [size + FLOAT32 * math.ceil(size / 256) for size in sizes if size >= 4096]
+    return 2 * (FLOAT32 * sum(whole) + sum(cut) + FLOAT32 * 256 * bool(cut))
+
+
 def _stepping(mode: Mode, parameters: list[nn.Parameter]) -> int:
-    """Fused AdamW works in place. GaLore holds the update of one weight, or the eigenvectors of its Gram matrix."""
+    """AdamW works in place, fused or in 8 bits. GaLore holds the update of one weight, or the eigenvectors of its Gram
+    matrix."""
     if not isinstance(mode, GaLore):
         return 0
     gram = 3 * torch.float64.itemsize

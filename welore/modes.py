@@ -14,6 +14,7 @@ from welore.galore import GaLoreAdamW
 from welore.lowrank import LowRankLinear, replace
 from welore.models import components
 from welore.optim import AdamW
+from welore.report import announce
 
 
 @dataclass
@@ -142,6 +143,17 @@ class GaLore(Full):
                 f"and a scale above 0."
             )
 
+    def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        parameters = super().trainables(model)
+        widest = max((min(p.shape) for p in parameters if p.ndim == 2), default=0)
+        if parameters and widest <= self.rank:
+            lower = f"a rank below {widest}, or " if widest > 1 else ""
+            raise Refused(
+                f"mode.rank={self.rank} projects nothing, so that mode={self.name} would be plain Adam: of all "
+                f"matrices that it trains the longest shorter side is {widest}. Write {lower}mode=full."
+            )
+        return parameters
+
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
         return GaLoreAdamW(parameters, rank=self.rank, gap=self.gap, scale=self.scale, **options)
@@ -152,8 +164,9 @@ class Lora(Adam):
     """Train adapters beside every LRC and N-LRC, with the compressed model frozen: y = W x + (alpha / rank) B A x.
 
     `lora_on=factors` puts one adapter on each factor of an LRC, `merged` one on its product as a single virtual
-    weight. After training the adapters are added into what they adapt: exactly, up to the dtype; on a virtual weight
-    by appending them to its factors, so that its rank grows by `rank`.
+    weight. A factor thinner than `rank` has an adapter of that rank all the same. After training the adapters are
+    added into what they adapt: exactly, up to the dtype; on a virtual weight by appending them to its factors, so
+    that its rank grows by `rank`.
     """
 
     rank: int
@@ -178,6 +191,8 @@ class Lora(Adam):
         targets = adapted(model, self.lora_on)
         options = dict(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout)
         config = LoraConfig(target_modules=targets, **options | self.variant(model, targets))
+        if not config.rank_pattern:  # those that start from singular directions stop at as many as there are
+            announce_thin(self, model, targets)
         config._register_custom_module({LowRankLinear: Linear})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft does not know LowRankLinear by name, and needs only its two sizes
@@ -227,12 +242,24 @@ def adapted(model: PreTrainedModel, lora_on: str) -> list[str]:
 
 
 def check_rank(mode: Mode, model: PreTrainedModel) -> None:
-    """Refuse a rank above the shorter side of the smallest compressible weight."""
+    """Refuse a rank above the shorter side of the smallest compressible weight. Factors of an LRC may be thinner."""
     name, module = min(components(model).items(), key=lambda item: min(item[1].in_features, item[1].out_features))
     limit = min(module.in_features, module.out_features)
     if mode.rank > limit:
         shape = f"{module.out_features} x {module.in_features}"
         raise Refused(f"mode.rank={mode.rank} is above the rank of {name}, which is {shape}. Write {limit} or less.")
+
+
+def announce_thin(mode: Mode, model: PreTrainedModel, targets: list[str]) -> None:
+    """Say where an adapter is wider than the factor that it adapts: it spans no more, and holds more numbers."""
+    layers = {name: model.get_submodule(name) for name in targets}
+    sides = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    if thin := {name: side for name, side in sides.items() if side < mode.rank}:
+        name, side = min(thin.items(), key=lambda item: item[1])
+        announce(
+            f"mode.rank={mode.rank} is above the rank of {len(thin)} factors, such as {name} with {side}: their "
+            f"adapters are wider than what they adapt. With mode.rank={side} or mode.lora_on=merged none is"
+        )
 
 
 def forget_peft(model: PreTrainedModel) -> None:

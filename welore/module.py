@@ -1,7 +1,7 @@
 """The LightningModule of every mode, and what is kept of it when a run is cut short."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from welore import metrics, processes
+from welore.cache import digest
+from welore.compress import digests
 from welore.errors import Refused
 from welore.evaluate import causal_loss, first_not_finite
 from welore.measure import Throughput, peak_memory
@@ -21,7 +23,7 @@ from welore.tasks import Training
 class Tuner(LightningModule):
     """Trains `parameters` of a model with the optimizer of a mode and the schedule of a task, `besides` with AdamW.
 
-    Only what trains is put into a checkpoint: the rest of the model is made again from its source.
+    Only what trains is put into a checkpoint, and `base`, the digest of the rest, which is made again from its source.
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class Tuner(LightningModule):
         steps: int,
         zeros: KeptZeros | None = None,
         besides: Sequence[nn.Parameter] = (),
+        base: str = "",
     ):
         super().__init__()
         self.model, self.mode, self.parameters_to_train, self.besides = model, mode, parameters, list(besides)
         self.training_config, self.steps = training, steps
         self.zeros = zeros  # of pruned weights, which no step may fill
+        self.base = base
         self.loss = causal_loss(model)
         self.strict_loading = False
         self.tokens_seen = 0
@@ -123,6 +127,7 @@ class Tuner(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = self._trained()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint["base"] = self.base
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # for dropout
 
@@ -130,8 +135,38 @@ class Tuner(LightningModule):
         self.tokens_seen, self.random = checkpoint["tokens_seen"], checkpoint["random"]
         if missing := self._trained() - checkpoint["state_dict"].keys():
             raise Refused(f"the checkpoint lacks {sorted(missing)[:3]}: it is of another run. Write force=true.")
+        if (base := checkpoint.get("base", self.base)) != self.base:  # a checkpoint of before there was one goes on
+            raise Refused(
+                f"the checkpoint was trained upon weights with the digest {base}, and those that do not train have "
+                f"{self.base} now: the compressed model was made again and came out otherwise, as it may with another "
+                f"torch once its factors are no longer in the cache. Write force=true to train from the start."
+            )
 
     def _trained(self) -> set[str]:
         """Names of all that the mode trains, also of what it has frozen for the moment."""
         chosen = {id(parameter) for parameter in (*self.parameters_to_train, *self.besides)}
         return {name for name, parameter in self.named_parameters() if id(parameter) in chosen}
+
+
+Known = dict[nn.Parameter, tuple[int, str]]
+
+
+def known_digests(model: PreTrainedModel, weights: Mapping[str, str]) -> Known:
+    """The digest of each parameter, and where its content lies: `base_digest` hashes none again that is still there.
+
+    It keeps the parameters alive, or those that a mode makes could take the place of those that it drops.
+    """
+    return {p: (p.data_ptr(), weights[name]) for name, p in model.named_parameters() if name in weights}
+
+
+def base_digest(model: PreTrainedModel, trained: Iterable[nn.Parameter], known: Known) -> str:
+    """The content of all that does not train once a mode has prepared the model.
+
+    With buffers, for there some modes keep the singular vectors between which they train, and decomposed again these
+    may have other signs.
+    """
+    chosen = {id(parameter) for parameter in trained}
+    rest = {name: p for name, p in model.named_parameters() if id(p) not in chosen} | dict(model.named_buffers())
+    old = {name: known[t][1] for name, t in rest.items() if t in known and known[t][0] == t.data_ptr()}
+    found = old | digests({name: tensor for name, tensor in rest.items() if name not in old})
+    return digest(*(part for name in sorted(found) for part in (name, found[name])))

@@ -73,7 +73,8 @@ class AdamW(Float32Masters, torch.optim.AdamW):
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of everything that the optimizer keeps between steps, masters included."""
+    """Bytes of everything that the optimizer keeps between steps, masters included; what parameters share, once."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     tensors += [master for _, master in getattr(optimizer, "pairs", [])]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    each = {id(tensor): tensor for tensor in tensors}.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in each)

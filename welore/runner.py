@@ -205,7 +205,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
         if config.mode.trains:
             config.mode.divide(plan.division)
             _call(model, tokenizer, folder, plan.division)
-            found |= tune(model, tokenizer, config, folder, cache, loggers)
+            found |= tune(model, tokenizer, config, folder, cache, loggers, weights)
             found |= noted(measure(model, benchmark, config, "tuned"), folder, "tuned")
             found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
         _log(found, loggers)
@@ -225,7 +225,8 @@ def _help(config: Config, folder: Path, division: Mapping[str, int]) -> None:
     dtype, trust = DTYPES[config.model.dtype], config.model.runs_code
     model, tokenizer = checkpoint.load(folder / CHECKPOINTS / MODEL, dtype, trust)
     config.mode.divide(division)
-    tune(model.to(config.trainer.place()), tokenizer, config, folder, Cache(Path(config.outputs) / ".cache"), [])
+    cache = Cache(Path(config.outputs) / ".cache")
+    tune(model.to(config.trainer.place()), tokenizer, config, folder, cache, [], {})
 
 
 def _compression(model: PreTrainedModel, plan: Plan) -> dict[str, Any]:

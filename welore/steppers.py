@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from welore.apollo import Apollo as ApolloOptimizer
 from welore.apollo import Fira as FiraOptimizer
@@ -62,9 +61,12 @@ class Muon(Full):
 
 
 class EightBit:
-    """Mixed in before a mode that trains with AdamW: its two moments take a byte each (bitsandbytes, on a GPU)."""
+    """Mixed in before a mode that trains with AdamW: its two moments take a byte each (bitsandbytes, on a GPU).
 
-    def prepare(self, model: PreTrainedModel) -> None:
+    Masters stay in float32. What is selected, and what it takes, can be told without a GPU.
+    """
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         if not torch.cuda.is_available():
             raise Refused(
                 f"mode={self.name} keeps its moments in 8 bits, which needs a GPU, and torch sees none here. "
@@ -74,9 +76,6 @@ class EightBit:
             raise Refused(
                 f"mode={self.name} needs bitsandbytes, which is not installed. Run: pip install bitsandbytes"
             )
-        super().prepare(model)
-
-    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         import bitsandbytes
 
         kind = type("AdamW8bit", (Float32Masters, bitsandbytes.optim.AdamW8bit), {})

@@ -21,10 +21,15 @@ from welore.rounds import sparsity
 from welore.sparse import KeptZeros
 
 
-def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: list) -> dict[str, Any]:
-    """Train what the mode selects, and say how much that was and what it took."""
+def tune(
+    model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: list, weights: dict[str, str]
+) -> dict[str, Any]:
+    """Train what the mode selects, and say how much that was and what it took. `weights` are the digests of the model.
+
+    They count in the first process alone.
+    """
     from welore.fit import fit  # Lightning takes seconds to import, and a run without training does not need it
-    from welore.module import Tuner
+    from welore.module import Tuner, base_digest, known_digests
     from welore.snapshots import Snapshots
 
     training = config.task.training
@@ -35,21 +40,25 @@ def tune(model, tokenizer, config: Config, folder: Path, cache: Cache, loggers: 
     torch.manual_seed(config.seed)  # adapters start the same whatever was drawn before
     pruned = config.prune.matrices(components(model)).values()
     zeros = KeptZeros([linear.weight for linear in pruned])
+    known = known_digests(model, weights)
     parameters = select(model, config.mode)
     besides = training.unfreeze(model)
+    first = processes.index() == 0
+    base = processes.told(base_digest(model, (*parameters, *besides), known) if first else None)
+    del known
     norms = {id(p) for p in norm_parameters(model)}
     trained = sum(p.numel() for p in (*parameters, *besides))
     announce(f"train {trained:,} of {count_parameters(model):,} parameters for {batches.steps} steps")
     throughput = Throughput(training.accumulate)
     after = training.snapshots(batches.steps)
     snapshots = [Snapshots(model, tokenizer, config.mode, after, folder)] if after else []
-    watching = snapshots if processes.index() == 0 else []
+    watching = snapshots if first else []
     device = next(model.parameters()).device
     give_back(device)  # of what compression freed
     started = time.perf_counter()
     with peak_memory(device) as peak, config.trainer.share(model) as twin:
         trainables = parameters if twin is model else config.mode.trainables(twin)
-        tuner = Tuner(twin, config.mode, trainables, training, batches.steps, zeros, besides)
+        tuner = Tuner(twin, config.mode, trainables, training, batches.steps, zeros, besides, base)
         autocast = config.model.autocast
         with frozen_weights_in(twin, None if config.trainer.shards else autocast):  # a weight that is cast is whole
             fit(config.trainer, tuner, batches, validation, folder, autocast, loggers, throughput, watching)
