@@ -18,7 +18,9 @@ def names() -> list[str]:
     return sorted(
         name
         for name in found
-        if re.fullmatch(r"(v\d_)?(table|figure)\d+|equal_budget|ablation|who_learns|why_low_rank|recover", name)
+        if re.fullmatch(
+            r"(v\d_)?(table|figure)\d+|equal_budget|ablation|who_learns|why_low_rank|recover|every_mode", name
+        )
     )
 
 

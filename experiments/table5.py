@@ -50,12 +50,15 @@ MEGABYTES = {
 
 
 def cells(scale: str) -> list[Cell]:
+    return [cell for start, mode in product(starts(scale), MODES) for cell in tuning.grid(start | {"mode": mode})]
+
+
+def starts(scale: str) -> list[Cell]:
+    """The compressed models that are tuned."""
     shared = {"ranks": "welore"} | setting(scale)
     if scale == "laptop":
         shared |= {"svd": "kfac"} | calibrated_on(scale, "c4")
-    combinations = product(MODELS[scale][:2], ERRS[scale], MODES)
-    starts = [{"model": model, "err": err, "mode": mode} | shared for model, err, mode in combinations]
-    return [cell for start in starts for cell in tuning.grid(start)]
+    return [{"model": model, "err": err} | shared for model, err in product(MODELS[scale][:2], ERRS[scale])]
 
 
 def render(rows: Sequence[Row]) -> Page:

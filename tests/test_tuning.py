@@ -7,19 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import figure4, figure5, recover, table4, table5, table6, tuned, tuning, who_learns
+from experiments import every_mode, figure4, figure5, recover, table4, table5, table6, tuned, tuning, who_learns
 from experiments.__main__ import gather, load, main
 from experiments.cells import Row, Runs, find, fingerprint_of, overrides_of
 from experiments.page import verdict
 from experiments.scales import VOCABULARY
 from experiments.tuning import other_seeds, studies, surely_below
 from welore import metrics
-from welore.config import compose, to_config
+from welore.config import CONF, compose, to_config
 from welore.plots import save
 from welore.records import Record, records
 from welore.runner import run
 
-NAMES = ["table4", "table5", "figure4", "figure5", "who_learns", "recover"]
+NAMES = ["table4", "table5", "figure4", "figure5", "who_learns", "recover", "every_mode"]
 UNTUNED = 500.0
 START = {"model": "smollm2_135m", "err": 0.3, "mode": "welore", "task/training": "laptop"}
 
@@ -344,6 +344,23 @@ def test_the_more_tokens_are_run_at_the_rate_that_the_fewer_have_chosen(tmp_path
     assert len(longer) == 9 and all(cell["mode.lr"] == best[cell["svd"]] for cell in longer)
     first = [row for row in rows if row.cell["seed"] == 0 and row.cell["task.training.tokens"] == 30_000]
     assert len(recover.then("paper", first)) == 3
+
+
+def test_every_mode_holds_all_that_train_on_any_machine_and_shares_the_cells_of_table_5():
+    written = {file.stem for file in (CONF / "mode").glob("*.yaml")}
+    # `chosen` with who=random is `random`; with who=lrc and nlrc it is a control of who_learns.
+    assert set(every_mode.MODES) == written - {"none", "chosen", "welore_8bit", "full_8bit"}
+    cells = every_mode.cells("laptop")
+    assert len(cells) == 57 and sum(cell in table5.cells("laptop") for cell in cells) == 9
+
+
+def test_every_mode_is_drawn_by_what_it_trains(tmp_path):
+    page = every_mode.render(whole("every_mode", tmp_path, best_at_default))
+    (axis,) = page.figures[""].axes
+    assert [text.get_text() for text in axis.texts] == every_mode.MODES
+    assert axis.lines[0].get_xydata().tolist() == [[10.0, 100.0]]
+    save(page.figures[""], tmp_path / "picture.png")
+    assert said(page)["tuning the LRCs alone is better than every other mode"].startswith("does not hold")
 
 
 def test_table_6_tunes_every_model_at_the_rate_that_a_mode_has_chosen_at_err_03(tmp_path):

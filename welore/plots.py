@@ -116,6 +116,18 @@ def lines_figure(panels: dict[str, dict[str, Points]], title: str, below: str, l
     return figure
 
 
+def scatter_figure(points: dict[str, tuple[float, float]], title: str, below: str, left: str) -> "Figure":
+    """One point a method, with its name beside it, both axes logarithmic. One that is not positive has no place."""
+    figure, (axis,) = _grid(1, title)
+    figure.set_size_inches(7.0, 4.6)
+    for position, (label, point) in enumerate(points.items()):
+        axis.plot(*point, markersize=6, **_style(position))
+        axis.annotate(label, point, xytext=(5, 3), textcoords="offset points", fontsize="small")
+    axis.set(xscale="log", yscale="log")
+    _label([axis], 1, below, left)
+    return figure
+
+
 def diagonal_figure(panels: dict[str, dict[str, Points]], title: str, below: str, left: str) -> "Figure":
     """What was predicted against what came, both on a log scale, with the diagonal on which they agree.
 
