@@ -63,6 +63,17 @@ def _records(file: Path) -> list[Raw]:
         ) from error
 
 
+def text(raw: Raw, key: str) -> str:
+    """A field that must hold words; raises ValueError where it does not."""
+    if not is_text(raw[key]):
+        raise ValueError(f"{key} holds no text but {raw[key]!r}")
+    return raw[key]
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def alone(raws: dict[str, list[Raw]]) -> list[Raw]:
     if len(raws) > 1:
         raise Refused(f"the questions should be in one file, and there are {sorted(raws)}. Give the path of one.")
@@ -80,6 +91,11 @@ def named(raws: dict[str, list[Raw]], *words: str) -> list[Raw]:
     if len(names) != 1:
         raise Refused(f"one file or split named after {' or '.join(words)} is needed, and there are {sorted(raws)}.")
     return raws[names[0]]
+
+
+def alone_or_named(raws: dict[str, list[Raw]], *words: str) -> list[Raw]:
+    """The records of the only file or split, or else of the one whose name has one of the words."""
+    return alone(raws) if len(raws) == 1 else named(raws, *words)
 
 
 def train_and_dev(raws: dict[str, list[Raw]]) -> tuple[list[Raw], list[Raw]]:
