@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from welore.errors import Refused
-from welore.examine import Item
+from welore.examine import Exam, Item, Sitting
+from welore.greedy import Reply
 from welore.loss import IGNORED
 from welore.quizzes import big_bench, coin_flips
 
@@ -235,13 +236,68 @@ TRICKY = [
 ]
 
 
+# The patterns of the published scripts.
+PUBLISHED = {
+    "commonsenseqa": "A|B|C|D|E",
+    "date": "A|B|C|D|E|F",
+    "objects": "A|B|C",
+    "boolq": "True|False",
+    "coinflip": "yes|no",
+    "strategyqa": "yes|no",
+    "svamp": r"-?\d+\.?\d*",
+}
+PUT = "Below is a question. Does 1 coin not flip? Is it True?  The answer is"
+
+
+def published(name, prompt, decoded):
+    """What the published scripts take for the answer; None where they leave the question out of their count."""
+    try:
+        return re.findall(PUBLISHED[name], decoded.replace(prompt, ""))[0]
+    except IndexError:
+        return None
+
+
+@pytest.fixture
+def verdicts(task, model, tokenizer, monkeypatch):
+    """A function of a task's name and of what a model writes after PUT to what our Exam makes of it."""
+
+    def verdicts(name, wrote):
+        monkeypatch.setattr(
+            "welore.examine.write_greedily", lambda model, _, prompts, *how: [Reply(wrote)] * len(prompts)
+        )
+        questions = task(name)
+        sitting = Sitting(True, 1, 8, "written", questions.read, questions.right)
+        exam = Exam([Item(PUT, "0")], [], tokenizer, sitting, "questions")
+        (answer,) = exam.measure(model, None, "dense").answers
+        return answer
+
+    return verdicts
+
+
 @pytest.mark.parametrize(("name", "wrote", "paper", "word"), TRICKY)
-def test_the_published_rule_reads_the_first_match_and_says_where_there_is_none(task, name, wrote, paper, word):
+def test_what_the_published_scripts_read_is_read_and_what_they_leave_out_is_unparsed(
+    task, verdicts, name, wrote, paper, word
+):
+    answer = verdicts(name, wrote)
+    assert answer["read"] == paper == published(name, PUT, PUT + wrote)
+    assert (answer["verdict"] == "unparsed") == (paper is None)
     questions = task(name)
-    published = re.findall(questions.pattern, wrote)
-    assert questions.read(wrote) == paper == (published[0] if published else None)
     questions.rule = "word"
     assert questions.read(wrote) == word
+
+
+# Where two spaces come back as one, the prompt stays in what the published scripts search, and they read in it.
+TRAPS = [("commonsenseqa", " F", "B"), ("boolq", " False", "True"), ("coinflip", " yes", "no"), ("svamp", " 7", "1")]
+
+
+@pytest.mark.parametrize(("name", "wrote", "misread"), TRAPS)
+def test_a_prompt_that_does_not_come_back_from_its_tokens_is_not_searched_for_the_answer(
+    verdicts, name, wrote, misread
+):
+    assert published(name, PUT, PUT.replace("  ", " ") + wrote) == misread
+    answer = verdicts(name, wrote)
+    assert answer["read"] == published(name, PUT, PUT + wrote) != misread
+    assert (answer["verdict"] == "unparsed") == (answer["read"] is None)
 
 
 def test_numbers_are_compared_as_numbers(task):
