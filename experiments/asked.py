@@ -54,6 +54,8 @@ def flag(study: Study) -> str:
 def _failing(row: Row) -> str | None:
     if row.diverged:
         return "diverged"
+    if row.breaks_at is not None:
+        return f"breaks in {row.breaks_at}"
     chance = row.number(metrics.EVAL_CHANCE)
     if above_chance(row.number(metrics.TUNED_CORRECT), row.number(metrics.EVAL_EXAMPLES), chance) >= SURE:
         return f"at chance ({100 * chance:.1f} %)"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,8 +41,13 @@ def grid(cell: Cell, factors: Sequence[float] = FACTORS) -> list[Cell]:
 @cache
 def default_rate(mode: str, training: str) -> float:
     """That of a composed run. Composing takes a fifth of a second, so that it is done once for all modes."""
-    written = OmegaConf.to_container(OmegaConf.load(CONF / "mode" / f"{mode}.yaml"))["lr"]
-    return float(OmegaConf.create({"task": _task(training), "lr": written}).lr)
+    return float(OmegaConf.create({"task": _task(training), "lr": _written_rate(mode)}).lr)
+
+
+def _written_rate(mode: str) -> Any:
+    """Of its file, or of the one that it starts from."""
+    written = OmegaConf.to_container(OmegaConf.load(CONF / "mode" / f"{mode}.yaml"))
+    return written["lr"] if "lr" in written else _written_rate(written["defaults"][0])
 
 
 @cache

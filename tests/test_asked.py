@@ -43,6 +43,9 @@ def test_seeds_on_the_same_questions_are_not_more_questions(study):
 def test_a_mode_that_diverged_or_made_nothing_better_did_not_train(study):
     assert asked.flag(study("a", 140, None)) == "did not train: diverged, 1 of 2 seeds"
     assert asked.flag(study("b", 120, untuned=0.9)) == "did not train: no better than untuned"
+    broken = study("c", 0)
+    broken.runs[0].record.metrics["tuned/breaks_at"] = "model.layers.1"
+    assert asked.flag(broken) == "did not train: breaks in model.layers.1"
 
 
 def outcomes(ours, theirs):

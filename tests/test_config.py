@@ -18,6 +18,7 @@ NEEDED = {
     "model/path": ["model.path=x.gguf"],
     "ranks/given": ["ranks.path={ranks}"],
     "task/training/downstream": ["task=coinflip"],
+    "task/training/downstream_code": ["task=coinflip"],
     "probe/emergence": ["mode=none"],
     "probe/trained": ["mode=none"],
     "task/triviaqa": ["mode=none"],

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -79,6 +80,29 @@ def test_every_question_is_in_the_denominator_and_what_cannot_be_read_is_wrong(m
     assert [a["verdict"] for a in outcome.answers].count("unparsed") == 2
 
 
+def test_a_model_that_breaks_has_no_likeliest_option_and_the_layer_is_named(model, tokenizer):
+    model.model.layers[1].mlp.down_proj.weight.data[3, 3] = float("nan")
+    outcome = exam(tokenizer, batch=3).measure(model, None, "x")
+    assert [(a["verdict"], a["read"], a["option"], a["likeliest"]) for a in outcome.answers] == [
+        ("broken", None, "broken", None)
+    ] * len(PROMPTS)
+    found = outcome.stage
+    assert (found["accuracy"], found["option_accuracy"], found["unparsed"]) == (0, 0, 0)
+    assert found["broken"] == found["option_broken"] == outcome.shared["eval/examples"] == len(PROMPTS)
+    assert found["breaks_at"] == "model.layers.1"
+
+
+def test_only_the_questions_at_which_a_model_breaks_are_broken(model, tokenizer):
+    items = [Item(prompt, "yes", ("yes", "no")) for prompt in (*PROMPTS[:3], "Ada #")]
+    whole = exam(tokenizer, items, batch=4).measure(model, None, "x").answers
+    (lone,) = set(tokenizer("#", add_special_tokens=False)["input_ids"])
+    model.get_input_embeddings().weight.data[lone] = float("inf")
+    outcome = exam(tokenizer, items, batch=4).measure(model, None, "x")
+    assert outcome.answers[:3] == whole[:3]
+    assert outcome.answers[3]["verdict"] == outcome.answers[3]["option"] == "broken"
+    assert (outcome.stage["broken"], outcome.stage["breaks_at"]) == (1, "model.layers.0")
+
+
 def test_answers_without_options_have_no_likelihood(model, tokenizer):
     outcome = exam(tokenizer, [Item("Two and two is", "4")]).measure(model, None, "x")
     assert "accuracy" in outcome.stage and "option_accuracy" not in outcome.stage
@@ -121,3 +145,29 @@ def test_a_run_keeps_every_prompt_answer_and_verdict_beside_its_record(configure
             assert found[f"{stage}/{prefix}correct"] == sum(a[key] == "right" for a in answers)
             assert found[f"{stage}/{prefix}accuracy"] * 7 == pytest.approx(found[f"{stage}/{prefix}correct"])
     assert 0 <= found["tuned/train_option_accuracy"] <= 1
+
+
+def test_the_answers_of_a_model_that_breaks_are_valid_json_and_its_record_and_summary_say_where(
+    configured, tmp_path, monkeypatch
+):
+    from welore import runner
+    from welore.report import summary
+
+    def breaking(model, *arguments):
+        plan = compress(model, *arguments)
+        model.model.layers[1].input_layernorm.weight.data[0] = float("nan")
+        return plan
+
+    compress = runner.compress
+    monkeypatch.setattr(runner, "compress", breaking)
+    config = configured(
+        "err=0.3", "mode=none", "task=coinflip", "task.limit=5", "save=false", f"outputs={tmp_path}"
+    )  # fmt: skip
+    record = runner.run(config, tmp_path / "run")
+    found = record.metrics
+    assert (found["compressed/breaks_at"], found["compressed/option_broken"]) == ("model.layers.1", 5)
+    assert found["eval/accuracy"] == 0 and "dense/breaks_at" not in found and "dense/broken" not in found
+    for line in (tmp_path / "run" / "answers-compressed.jsonl").read_text().splitlines():
+        answer = json.loads(line, parse_constant=pytest.fail)  # called for NaN, which is no JSON
+        assert answer["nats"] == {"yes": None, "no": None} and answer["breaks_at"] == "model.layers.1"
+    assert re.search(r"^broken by likelihood +— +5 +—$", summary(record, tmp_path / "run"), re.M)

@@ -105,8 +105,25 @@ def test_the_eval_file_of_freebaseqa_is_asked(task, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "files", "words"),
+    [
+        ("freebaseqa", ["FreebaseQA-train", "FreebaseQA-dev"], "eval or test"),
+        ("triviaqa", ["a", "b"], "validation or dev"),
+    ],
+)
+def test_of_several_files_one_must_be_named_as_the_test_questions(task, tmp_path, name, files, words):
+    content = {"triviaqa": [TRIVIA], "freebaseqa": FREEBASE}[name]
+    for file in files:
+        (tmp_path / f"{file}.json").write_text(json.dumps(content))
+    with pytest.raises(Refused, match=f"one file or split named after {words} is needed.*{files[-1]}"):
+        task(name, f"task.path={tmp_path}").examples("test")
+
+
+@pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        ("triviaqa", [TRIVIA | {"question": None}], ["question holds no text but None"]),
+        ("triviaqa", [TRIVIA | {"answer": None}], ["are not all texts"]),
         ("triviaqa", [TRIVIA | {"answer": "...", "aliases": []}], ["record 0", "has a letter or a digit"]),
         ("triviaqa", [{"question": "Who?"}], ["record 0", "KeyError: 'answer'"]),
         ("freebaseqa", {"Questions": [{"RawQuestion": "Who?", "Parses": []}]}, ["record 0", "no answer"]),

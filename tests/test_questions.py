@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from welore.errors import Refused
-from welore.examine import Item
+from welore.examine import Exam, Item, Sitting
+from welore.greedy import Reply
 from welore.loss import IGNORED
 from welore.quizzes import big_bench, coin_flips
 
@@ -66,6 +67,63 @@ def test_big_bench_reads_the_hubs_format_alike():
     scores = DATE["target_scores"]
     flat = {"multiple_choice_targets": list(scores), "multiple_choice_scores": list(scores.values())}
     assert big_bench(flat) == big_bench(DATE)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A function of splits, by their names, to the hub that holds them and nothing else."""
+
+    def hub(**splits):
+        monkeypatch.setattr("datasets.load_dataset", lambda repo, subset, revision: splits)
+
+    return hub
+
+
+def splits_of(questions):
+    return [questions.examples(split) for split in ("train", "validation", "test")]
+
+
+def test_svamp_of_the_hub_is_divided_as_the_original_file(task, tmp_path, hub):
+    """The hub's own 700 and 300 are others: its first training record is chal-777."""
+    records = [{"ID": f"chal-{n}", "Body": "He has", "Question": f"{n}?", "Answer": str(n)} for n in range(1, 1001)]
+    mixed = records[776:] + records[:776]
+    hub(train=mixed[:700], test=mixed[700:])
+    assert splits_of(task("svamp")) == splits_of(task("svamp", f"task.path={written(records, tmp_path)}"))
+    assert task("svamp").examples("test")[0].answer == "701"
+    hub(train=[record | {"ID": None} for record in records], test=[])
+    with pytest.raises(Refused, match="ID=None .* Expected is one like chal-7"):
+        task("svamp").examples("test")
+
+
+def shuffled_objects(count, number):
+    """A record of the hub's tracking_shuffled_objects."""
+    balls = [f"{place} ball." for place in range(count)]
+    return {"inputs": f"Puzzle {number}: Bob has ", "multiple_choice_targets": balls, "targets": balls[:1]} | {
+        "multiple_choice_scores": [1] + [0] * (count - 1)
+    }
+
+
+def test_object_tracking_of_the_hub_takes_the_puzzles_of_three_objects_alone(task, hub):
+    pooled = [shuffled_objects(count, number) for number in range(750) for count in (3, 5, 7)]
+    hub(train=pooled[:1800], validation=pooled[1800:])
+    train, validation, test = splits_of(task("objects"))
+    assert (len(train) + len(validation), len(test)) == (600, 150)
+    assert {example.options for example in train + validation + test} == {("A", "B", "C")}
+    hub(train=pooled[3:])
+    with pytest.raises(Refused, match="599 training and 150 test .* task.path=FILE"):
+        task("objects").examples("test")
+
+
+@pytest.mark.parametrize("name", ["date", "strategyqa"])
+def test_the_frame_that_the_hub_has_put_around_questions_is_no_part_of_them(task, name):
+    record = {"input": "Is it so?", "target_scores": {"Yes": 1, "No": 0}}
+    flat = {"inputs": "Q: Is it so?\nA:", "multiple_choice_targets": ["Yes", "No"], "multiple_choice_scores": [1, 0]}
+    assert task(name).example(flat) == task(name).example(record)
+
+
+def test_a_large_number_is_answered_in_full(task):
+    record = {"Body": "He has many.", "Question": "How many?", "Answer": 22090603.0}
+    assert task("svamp").example(record).answer == "22090603"
 
 
 def test_the_choices_of_a_date_are_shuffled_in_one_fixed_way(task):
@@ -178,13 +236,68 @@ TRICKY = [
 ]
 
 
+# The patterns of the published scripts.
+PUBLISHED = {
+    "commonsenseqa": "A|B|C|D|E",
+    "date": "A|B|C|D|E|F",
+    "objects": "A|B|C",
+    "boolq": "True|False",
+    "coinflip": "yes|no",
+    "strategyqa": "yes|no",
+    "svamp": r"-?\d+\.?\d*",
+}
+PUT = "Below is a question. Does 1 coin not flip? Is it True?  The answer is"
+
+
+def published(name, prompt, decoded):
+    """What the published scripts take for the answer; None where they leave the question out of their count."""
+    try:
+        return re.findall(PUBLISHED[name], decoded.replace(prompt, ""))[0]
+    except IndexError:
+        return None
+
+
+@pytest.fixture
+def verdicts(task, model, tokenizer, monkeypatch):
+    """A function of a task's name and of what a model writes after PUT to what our Exam makes of it."""
+
+    def verdicts(name, wrote):
+        monkeypatch.setattr(
+            "welore.examine.write_greedily", lambda model, _, prompts, *how: [Reply(wrote)] * len(prompts)
+        )
+        questions = task(name)
+        sitting = Sitting(True, 1, 8, "written", questions.read, questions.right)
+        exam = Exam([Item(PUT, "0")], [], tokenizer, sitting, "questions")
+        (answer,) = exam.measure(model, None, "dense").answers
+        return answer
+
+    return verdicts
+
+
 @pytest.mark.parametrize(("name", "wrote", "paper", "word"), TRICKY)
-def test_the_published_rule_reads_the_first_match_and_says_where_there_is_none(task, name, wrote, paper, word):
+def test_what_the_published_scripts_read_is_read_and_what_they_leave_out_is_unparsed(
+    task, verdicts, name, wrote, paper, word
+):
+    answer = verdicts(name, wrote)
+    assert answer["read"] == paper == published(name, PUT, PUT + wrote)
+    assert (answer["verdict"] == "unparsed") == (paper is None)
     questions = task(name)
-    published = re.findall(questions.pattern, wrote)
-    assert questions.read(wrote) == paper == (published[0] if published else None)
     questions.rule = "word"
     assert questions.read(wrote) == word
+
+
+# Where two spaces come back as one, the prompt stays in what the published scripts search, and they read in it.
+TRAPS = [("commonsenseqa", " F", "B"), ("boolq", " False", "True"), ("coinflip", " yes", "no"), ("svamp", " 7", "1")]
+
+
+@pytest.mark.parametrize(("name", "wrote", "misread"), TRAPS)
+def test_a_prompt_that_does_not_come_back_from_its_tokens_is_not_searched_for_the_answer(
+    verdicts, name, wrote, misread
+):
+    assert published(name, PUT, PUT.replace("  ", " ") + wrote) == misread
+    answer = verdicts(name, wrote)
+    assert answer["read"] == published(name, PUT, PUT + wrote) != misread
+    assert (answer["verdict"] == "unparsed") == (answer["read"] is None)
 
 
 def test_numbers_are_compared_as_numbers(task):
@@ -233,7 +346,17 @@ def test_a_file_in_another_format_is_named(task, tmp_path, name, content, words)
         ("coinflip", {"question": "x"}, ["record 0", "KeyError: 'answer'"]),
         ("coinflip", {"question": "x", "answer": "maybe"}, ["'maybe' is neither yes nor no"]),
         ("boolq", {"question": "x", "answer": "yes", "passage": "p"}, ["'yes' is neither true nor false"]),
+        ("coinflip", {"question": None, "answer": "yes"}, ["question holds no text but None"]),
         ("svamp", {"Body": "x", "Question": "y", "Answer": "many"}, ["could not convert"]),
+        ("svamp", {"Body": "x", "Question": "y", "Answer": "nan"}, ["'nan' is no number"]),
+        ("svamp", {"Body": None, "Question": "y", "Answer": 1}, ["Body holds no text but None"]),
+        ("svamp", {"Body": "x", "Question": " ", "Answer": 1}, ["Question holds no text but ' '"]),
+        ("boolq", {"question": "x", "answer": True, "passage": ""}, ["passage holds no text but ''"]),
+        ("boolq", {"question": "x", "answer": True, "passage": None}, ["passage holds no text but None"]),
+        ("strategyqa", {"input": 7, "target_scores": {"Yes": 1, "No": 0}}, ["input holds no text but 7"]),
+        ("strategyqa", {"input": "x", "target_scores": ["Yes", "No"]}, ["AttributeError"]),
+        ("date", {"input": "x", "target_scores": {"1": 1, "": 0}}, ["are not texts for the letters A|B|C|D|E|F"]),
+        ("objects", {"input": "x", "target_scores": {"1": 1, "2": 0, "3": 0, "4": 0}}, ["for the letters A|B|C"]),
         ("strategyqa", {"input": "x", "target_scores": {"Yes": 1, "Maybe": 0}}, ["are not yes and no"]),
         ("date", {"input": "x", "target_scores": {"1": 1, "2": 1}}, ["do not make one choice right"]),
         ("commonsenseqa", CSQA | {"answerKey": "Z"}, ["'Z' is not in list"]),
@@ -244,7 +367,7 @@ def test_a_record_without_what_a_question_needs_is_named(task, tmp_path, name, r
     questions = task(name, f"task.path={written(folder, tmp_path)}", "task.sizes=null")
     with pytest.raises(Refused) as stopped:
         questions.examples("test")
-    assert all(word in str(stopped.value) for word in [*words, f"no question of {name}"])
+    assert all(word in str(stopped.value) for word in [*words, f"not in the format of {name}"])
 
 
 def test_a_folder_without_the_named_split_is_refused(task, tmp_path):

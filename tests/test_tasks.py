@@ -117,6 +117,20 @@ def test_what_cannot_be_measured_or_trained_is_refused(configured, override, mes
         configured("task/training=smoke", override)
 
 
+@pytest.mark.parametrize(("task", "steps"), [("svamp", 500), ("boolq", 2000), ("commonsenseqa", 5000)])
+def test_downstream_training_is_that_of_the_paper_or_of_its_code(configured, task, steps):
+    of = {
+        name: configured(f"task={task}", f"task/training={name}").task.training
+        for name in ("downstream", "downstream_code")
+    }
+    assert {name: (training.steps, training.lr) for name, training in of.items()} == {
+        "downstream": (steps, 1e-4),
+        "downstream_code": (steps, 5e-5),
+    }
+    factors = [of["downstream_code"].lr_factor(step, steps) for step in range(12)]
+    assert factors.index(1) == 10 and factors[9] < 1 > factors[11]
+
+
 def test_the_learning_rate_rises_then_follows_its_schedule_down_to_the_floor(configured):
     def rates(schedule, steps=1000):
         training = configured("task/training=authors", f"task.training.schedule={schedule}").task.training

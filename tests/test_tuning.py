@@ -358,7 +358,7 @@ def test_every_mode_is_drawn_by_what_it_trains(tmp_path):
     page = every_mode.render(whole("every_mode", tmp_path, best_at_default))
     (axis,) = page.figures[""].axes
     assert [text.get_text() for text in axis.texts] == every_mode.MODES
-    assert axis.lines[0].get_xydata().tolist() == [[10.0, 100.0]]
+    assert axis.lines[0].get_xydata().tolist() == [[10.0, 101.0]]
     save(page.figures[""], tmp_path / "picture.png")
     assert said(page)["tuning the LRCs alone is better than every other mode"].startswith("does not hold")
 

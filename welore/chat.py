@@ -6,7 +6,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from welore.evaluate import float32_logits
-from welore.examine import encode, write_greedily
+from welore.examine import encode
+from welore.greedy import write_greedily
 
 Messages = list[dict[str, str]]  # of a conversation: each has a role (system, user, assistant) and a content
 
@@ -55,10 +56,11 @@ def replies(
     """What the model says next, greedily, without white space around it."""
     with float32_logits(model):
         ids = _encoded(tokenizer, prompts)
-        written = write_greedily(model, tokenizer, ids, batch, new_tokens, _ends(model, tokenizer), dtype, title)
+        found = write_greedily(model, tokenizer, ids, batch, new_tokens, _ends(model, tokenizer), dtype, title)
+    texts = [reply.text for reply in found]
     if tokenizer.chat_template is None:
-        written = [text.partition(PLAIN_END)[0] for text in written]
-    return [text.strip() for text in written]
+        texts = [text.partition(PLAIN_END)[0] for text in texts]
+    return [text.strip() for text in texts]
 
 
 def _encoded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:

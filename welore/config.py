@@ -307,6 +307,7 @@ def register() -> None:
         "task_path": lambda name, *, _root_: _root_.task.path if _root_.task.name == name else None,
         "published_steps": lambda *, _root_: OmegaConf.select(_root_, "task.published_steps", default=None),
         "times": lambda value, factor: value * factor,
+        "over": lambda value, divisor: value / divisor if divisor else 0.0,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_new_resolver(name, resolver, replace=True)

@@ -4,23 +4,23 @@ Shape suffixes: B = sequences, L = tokens, V = vocabulary.
 """
 
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from welore import metrics
 from welore.batches import padding
 from welore.counts import wilson
 from welore.evaluate import Benchmark, Outcome, autocast, float32_logits
+from welore.greedy import PASS_TOKENS, Reply, passes, where_it_breaks, write_greedily
 
-PASS_TOKENS = 8192  # of one pass, padding included
 CPU_TOKENS = 1024  # of a pass without a cache: activations of more leave the caches of a CPU, and it gets slower
 
 
@@ -45,6 +45,26 @@ class Sitting:
     scoring: str
     read: Callable[[str], str | None]
     right: Callable[[str, Item], bool]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """log p of an option of the question at `place`, in nats; where it is not finite, the layer where that starts."""
+
+    place: int
+    option: str
+    nats: float
+    breaks_at: str | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An option of the question at `place`: what stands in a sequence from `start` on, and the token `last` behind."""
+
+    place: int
+    option: str
+    start: int
+    last: int
 
 
 def encode(tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], special: bool) -> list[tuple[list[int], int]]:
@@ -73,7 +93,8 @@ def _shared(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 class Exam(Benchmark):
-    """Accuracy on questions. No question is ever left out: what cannot be read is wrong, and counted."""
+    """Accuracy on questions. No question is ever left out: what cannot be read is wrong, and counted, and so is what
+    a model says whose logits are not finite (`broken`)."""
 
     longest_key = "the longest question and its answer: tokens"
 
@@ -97,6 +118,8 @@ class Exam(Benchmark):
             asked_again = self.practice if stage == "tuned" else []
             practised = self._answers(model, dtype, asked_again, "training questions")
         found = _counted(answers)
+        if breaks_at := next((a[metrics.BREAKS_AT] for a in answers if metrics.BREAKS_AT in a), None):
+            found[metrics.BREAKS_AT] = breaks_at
         found |= {f"train_{key}": value for key, value in _counted(practised).items() if key.endswith("accuracy")}
         shared = {
             metrics.EVAL_EXAMPLES.key: len(answers),
@@ -111,16 +134,21 @@ class Exam(Benchmark):
         """By question: the prompt, what was written and read, the likelihood of the options, and the verdicts."""
         answers = [{"prompt": item.prompt, "right": item.answer} for item in items]
         if self.sitting.scoring != "likelihood":
-            for answer, item, written in zip(answers, items, self._written(model, dtype, items, stage), strict=True):
-                read = self.sitting.read(written)
-                verdict = "unparsed" if read is None else "right" if self.sitting.right(read, item) else "wrong"
-                answer |= {"written": written, "read": read, "verdict": verdict}
+            for answer, item, reply in zip(answers, items, self._written(model, dtype, items, stage), strict=True):
+                answer |= self._read(item, reply)
         if self.sitting.scoring != "written" and items and items[0].options:
-            for answer, item, nats in zip(answers, items, self._likelihoods(model, dtype, items, stage), strict=True):
-                best = max(nats, key=nats.get)
-                verdict = "right" if best == item.answer else "wrong"
-                answer |= {"nats": {k: round(v, 4) for k, v in nats.items()}, "likeliest": best, "option": verdict}
+            likelihoods = self._likelihoods(model, dtype, items, stage)
+            for answer, item, scored in zip(answers, items, likelihoods, strict=True):
+                answer |= _likeliest(item, scored)
         return answers
+
+    def _read(self, item: Item, reply: Reply) -> dict[str, Any]:
+        if reply.breaks_at:
+            place = {metrics.BREAKS_AT: reply.breaks_at}
+            return {"written": reply.text, "read": None, "verdict": "broken"} | place
+        read = self.sitting.read(reply.text)
+        verdict = "unparsed" if read is None else "right" if self.sitting.right(read, item) else "wrong"
+        return {"written": reply.text, "read": read, "verdict": verdict}
 
     def encoded(self, items: Sequence[Item]) -> list[list[int]]:
         """Up to where an answer begins in training, which may be before the end of the prompt's own tokens.
@@ -137,110 +165,69 @@ class Exam(Benchmark):
                 shortest[place] = ids[:start]
         return [shortest[place] for place in range(len(items))]
 
-    def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[str]:
+    def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[Reply]:
         prompts = self.prompts if items is self.items else self.encoded(items)
         sitting, ends = self.sitting, self.tokenizer.eos_token_id
         title = f"{stage} answers"
         return write_greedily(model, self.tokenizer, prompts, sitting.batch, sitting.new_tokens, ends, dtype, title)
 
     @torch.no_grad()
-    def _likelihoods(self, model, dtype, items: list[Item], stage: str) -> list[dict[str, float]]:
-        """log p of every option behind the prompt, in nats. Options that differ in their last token share one pass."""
+    def _likelihoods(self, model, dtype, items: list[Item], stage: str) -> list[list[Scored]]:
+        """log p of every option behind the prompt. Options that differ in their last token share one sequence."""
         pairs = [(place, option) for place, item in enumerate(items) for option in item.options]
         prompts = [items[place].prompt for place, _ in pairs]
         texts = [f"{items[place].prompt} {option}" for place, option in pairs]
         encoded = encode(self.tokenizer, prompts, texts, self.sitting.special)
-        wanted: dict[tuple[int, ...], list[tuple[int, str, int, int]]] = {}
+        wanted: dict[tuple[int, ...], list[Asked]] = {}
         for (place, option), (ids, start) in zip(pairs, encoded, strict=True):
-            wanted.setdefault(tuple(ids[:-1]), []).append((place, option, start, ids[-1]))
-        sequences = [list(ids) for ids in wanted]
-        found: list[dict[str, float]] = [{} for _ in items]
+            wanted.setdefault(tuple(ids[:-1]), []).append(Asked(place, option, start, ids[-1]))
+        sequences, asked = [list(ids) for ids in wanted], list(wanted.values())
+        found: list[dict[str, Scored]] = [{} for _ in items]
         tokens = CPU_TOKENS if next(model.parameters()).device.type == "cpu" else PASS_TOKENS
-        for places in _passes(sequences, self.sitting.batch, f"{stage} options", tokens):
-            self._score_pass(model, dtype, [sequences[p] for p in places], list(wanted.values()), places, found)
-        return [{option: scores[option] for option in item.options} for scores, item in zip(found, items, strict=True)]
+        for places in passes(sequences, self.sitting.batch, f"{stage} options", tokens):
+            together = [sequences[place] for place in places]
+            for scored in self._score(model, dtype, together, [asked[place] for place in places]):
+                found[scored.place][scored.option] = scored
+        return [[scored[option] for option in item.options] for scored, item in zip(found, items, strict=True)]
 
-    def _score_pass(self, model, dtype, sequences, asked, places, found) -> None:
+    def _score(
+        self, model: PreTrainedModel, dtype: str | None, sequences: list[list[int]], asked: list[list[Asked]]
+    ) -> list[Scored]:
+        """log p of what is asked of each sequence, in one pass."""
         device = next(model.parameters()).device
         ids_BL = torch.full((len(sequences), max(map(len, sequences))), padding(self.tokenizer))
         for row, ids in enumerate(sequences):
             ids_BL[row, : len(ids)] = torch.tensor(ids)
+        ids_BL = ids_BL.to(device)
         # The fewest positions that hold every prediction that is asked for.
-        first = min(start for place in places for _, _, start, _ in asked[place]) - 1
+        first = min(option.start for options in asked for option in options) - 1
         with autocast(device, dtype):
             # Padding stands behind every sequence, where nothing real attends to it.
-            logits_BLV = model(
-                input_ids=ids_BL.to(device), use_cache=False, logits_to_keep=ids_BL.shape[1] - first
-            ).logits
-        for row, place in enumerate(places):
-            for item, option, start, last in asked[place]:
-                targets = [*sequences[row][start:], last]
-                positions = torch.arange(start - 1, start - 1 + len(targets)) - first
-                log_p_LV = logits_BLV[row][positions].float().log_softmax(-1)
-                found[item][option] = float(log_p_LV[torch.arange(len(targets)), targets].sum())
+            logits_BLV = model(input_ids=ids_BL, use_cache=False, logits_to_keep=ids_BL.shape[1] - first).logits
+        scored = [
+            (option, _log_p(logits_BLV[row], first, sequences[row], option))
+            for row, options in enumerate(asked)
+            for option in options
+        ]
+        whole = all(math.isfinite(nats) for _, nats in scored)
+        breaks_at = None if whole else where_it_breaks(model, ids_BL, dtype)
+        return [Scored(o.place, o.option, nats, None if math.isfinite(nats) else breaks_at) for o, nats in scored]
 
 
-@torch.no_grad()
-def write_greedily(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    batch: int,
-    new_tokens: int,
-    ends: int | list[int] | None,
-    dtype: str | None,
-    title: str,
-) -> list[str]:
-    """What the model writes after each prompt, up to one of the tokens `ends` and without special tokens."""
-    device, pad = next(model.parameters()).device, padding(tokenizer)
-    greedy = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        pad_token_id=pad,
-        eos_token_id=ends,
-    )
-    written = [""] * len(prompts)
-    for places in _passes(prompts, batch, title):
-        length = max(len(prompts[place]) for place in places)
-        ids_BL = torch.full((len(places), length), pad)
-        real_BL = torch.zeros(len(places), length, dtype=torch.long)
-        for row, place in enumerate(places):
-            ids_BL[row, length - len(prompts[place]) :] = torch.tensor(prompts[place])
-            real_BL[row, length - len(prompts[place]) :] = 1
-        with autocast(device, dtype), _defaults(model, greedy):
-            out_BL = model.generate(
-                input_ids=ids_BL.to(device), attention_mask=real_BL.to(device), generation_config=greedy
-            )
-        new = tokenizer.batch_decode(out_BL[:, length:], skip_special_tokens=True)
-        for place, text in zip(places, new, strict=True):
-            written[place] = text
-    return written
+def _log_p(logits_LV: Tensor, first: int, ids: list[int], option: Asked) -> float:
+    """Of the tokens of an option, by logits that begin at position `first` of its sequence; in nats."""
+    targets = [*ids[option.start :], option.last]
+    positions = torch.arange(option.start - 1, option.start - 1 + len(targets)) - first
+    log_p_LV = logits_LV[positions].float().log_softmax(-1)
+    return float(log_p_LV[torch.arange(len(targets)), targets].sum())
 
 
-@contextmanager
-def _defaults(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """The model's own defaults would fill what `config` leaves open: a repetition penalty, suppressed tokens."""
-    before, model.generation_config = model.generation_config, config
-    try:
-        yield
-    finally:
-        model.generation_config = before
-
-
-def _passes(
-    sequences: Sequence[Sequence[int]], batch: int, title: str, tokens: int = PASS_TOKENS
-) -> Iterator[list[int]]:
-    """The places of at most `batch` sequences of similar lengths, the longest first, so that memory peaks at once."""
-    order = sorted(range(len(sequences)), key=lambda place: -len(sequences[place]))
-    bar = tqdm(total=len(order), desc=title, unit="question", leave=False)
-    while order:
-        size = max(1, min(batch, tokens // len(sequences[order[0]])))
-        places, order = order[:size], order[size:]
-        yield places
-        bar.update(len(places))
-    bar.close()
+def _likeliest(item: Item, scored: list[Scored]) -> dict[str, Any]:
+    nats = {option.option: round(option.nats, 4) for option in scored}
+    if breaks_at := next((option.breaks_at for option in scored if option.breaks_at), None):
+        return {"nats": nats, "likeliest": None, "option": "broken", metrics.BREAKS_AT: breaks_at}
+    best = max(scored, key=lambda option: option.nats).option
+    return {"nats": nats, "likeliest": best, "option": "right" if best == item.answer else "wrong"}
 
 
 def _counted(answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -249,14 +236,16 @@ def _counted(answers: list[dict[str, Any]]) -> dict[str, Any]:
     for key, prefix in {"verdict": "", "option": "option_"}.items():
         if not answers or key not in answers[0]:
             continue
-        correct = sum(answer[key] == "right" for answer in answers)
-        low, high = wilson(correct, len(answers))
+        verdicts = Counter(answer[key] for answer in answers)
+        low, high = wilson(verdicts["right"], len(answers))
         found |= {
-            f"{prefix}correct": correct,
-            f"{prefix}accuracy": correct / len(answers),
+            f"{prefix}correct": verdicts["right"],
+            f"{prefix}accuracy": verdicts["right"] / len(answers),
             f"{prefix}accuracy_low": low,
             f"{prefix}accuracy_high": high,
         }
-    if answers and "verdict" in answers[0]:
-        found["unparsed"] = sum(answer["verdict"] == "unparsed" for answer in answers)
+        if key == "verdict":
+            found["unparsed"] = verdicts["unparsed"]
+        if verdicts["broken"]:
+            found[f"{prefix}broken"] = verdicts["broken"]
     return found

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from welore.examine import Item
 from welore.questions import Example, Questions
-from welore.sources import every
+from welore.sources import alone_or_named, is_text, text
 
 PROMPT = (
     "Question: What is the capital of France?\nAnswer: Paris\n\n"
@@ -39,7 +39,8 @@ class Facts(Questions):
         return [], self.test(raws)
 
     def test(self, raws: dict[str, list[Any]]) -> list[Any]:
-        return every(raws)
+        """The records that are asked, from those of each file or hub split."""
+        raise NotImplementedError
 
     def examples(self, split: str) -> list[Example]:
         return super().examples(split) if split == "test" else []
@@ -63,12 +64,12 @@ class TriviaQa(Facts):
     """TriviaQA's validation questions, without their documents."""
 
     def test(self, raws):
-        return raws.get("validation") or every(raws)
+        return alone_or_named(raws, "validation", "dev")
 
     def example(self, raw):
         answer = raw["answer"]
         value, aliases = (answer["value"], answer["aliases"]) if isinstance(answer, dict) else (answer, raw["aliases"])
-        return fact(raw["question"], value, aliases)
+        return fact(text(raw, "question"), value, aliases)
 
 
 @dataclass
@@ -76,17 +77,18 @@ class FreebaseQa(Facts):
     """FreebaseQA: a question is right by any of the names of any of its parses."""
 
     def test(self, raws):
-        names = [name for name in raws if re.search("eval|test", name)]
-        return raws[names[0]] if len(names) == 1 else every(raws)
+        return alone_or_named(raws, "eval", "test")
 
     def example(self, raw):
         names = list(_texts(raw["Parses"], "AnswersName"))
         if not names:
             raise ValueError(f"no answer of {raw['RawQuestion']!r} has a name")
-        return fact(raw["RawQuestion"], names[0], names)
+        return fact(text(raw, "RawQuestion"), names[0], names)
 
 
 def fact(question: str, answer: str, aliases: list[str]) -> Example:
+    if not all(map(is_text, (answer, *aliases))):
+        raise ValueError(f"the answers {[answer, *aliases]} of {question!r} are not all texts")
     if not normalized(answer) and not any(map(normalized, aliases)):
         raise ValueError(f"no answer of {question!r} has a letter or a digit")
     return Example(question, answer, aliases=tuple(aliases))

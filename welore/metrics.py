@@ -17,7 +17,8 @@ class Metric:
 DENSE_PERPLEXITY = Metric("dense/perplexity", "dense perplexity", 2, "lower")
 COMPRESSED_PERPLEXITY = Metric("compressed/perplexity", "compressed perplexity", 2, "lower")
 TUNED_PERPLEXITY = Metric("tuned/perplexity", "tuned perplexity", 2, "lower")
-# Where a model gives a loss that is not finite, the first layer with such an output, beside its missing perplexity.
+# Where a model gives a loss or logits that are not finite, the first layer with such an output: its perplexity is
+# missing, or the answers are broken.
 BREAKS_AT = "breaks_at"
 
 ERR = Metric("compress/err", "err", 4)

@@ -4,7 +4,6 @@ The prompts, splits and rules of `style=paper` are those of the WeLore experimen
 answers that their rules drop counted as wrong.
 """
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -16,12 +15,13 @@ from welore.batches import Rows, padding
 from welore.cache import Cache
 from welore.errors import Refused
 from welore.examine import Exam, Item, Sitting, encode
-from welore.sources import Raw, content, read_files, reading_hub
+from welore.sources import Raw, content, parsed, read_files, reading_hub
 from welore.tasks import Task
 
 BLURB = "Below is a question that describes a task. Write a response that appropriately completes the request."
 PAPER = "{blurb}\n\n### \n{passage}Question: {question}\n\n\n### Response:\n{trigger}"
 PAPER_END = ".\n\n### End"
+LOCAL_COPY = "Give a local copy in the original format: task.path=FILE_OR_FOLDER."
 
 
 @dataclass(frozen=True)
@@ -113,24 +113,17 @@ class Questions(Task):
 
     def _check_sizes(self, train: int, test: int) -> None:
         if not test:
-            raise Refused(f"{self._source()} holds no test question.")
+            raise Refused(f"{self._source()} holds no test question. {LOCAL_COPY}")
         if self.sizes is not None and [train, test] != list(self.sizes):
+            instead = LOCAL_COPY if self.path is None else "For questions of your own write task.sizes=null."
             raise Refused(
                 f"{self._source()} has {train} training and {test} test questions, and the benchmark "
-                f"{self.sizes[0]} and {self.sizes[1]}. For questions of your own write task.sizes=null."
+                f"{self.sizes[0]} and {self.sizes[1]}. {instead}"
             )
 
     def _parsed(self, raws: Sequence[Raw]) -> list[Example]:
-        found = []
-        for number, raw in enumerate(raws):
-            try:
-                found.append(self.example(raw))
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise Refused(
-                    f"record {number} of {self._source()} is no question of {self.name}: {type(error).__name__}: "
-                    f"{error}. It is {json.dumps(raw, default=str)[:200]}"
-                ) from error
-        return found
+        form = f"the format of {self.name}"
+        return [parsed(self.example, raw, number, self._source(), form) for number, raw in enumerate(raws)]
 
     def _source(self) -> str:
         return f"task.path={self.path}" if self.path else f"{self.repo} on the hub"
@@ -141,8 +134,7 @@ class Questions(Task):
     def _hub(self) -> dict[str, list[Raw]]:
         from datasets import load_dataset
 
-        instead = "Give a local copy in the original format: task.path=FILE_OR_FOLDER."
-        with reading_hub(f"the questions of {self.name}", self.repo, instead):
+        with reading_hub(f"the questions of {self.name}", self.repo, LOCAL_COPY):
             parts = load_dataset(self.repo, self.subset, revision=self.revision)
             return {name: [dict(row) for row in rows] for name, rows in parts.items()}
 

@@ -1,20 +1,35 @@
 """The seven benchmarks that were published: their records, their splits, their prompts' triggers and patterns."""
 
+import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from welore.errors import Refused
 from welore.examine import Item
 from welore.questions import Example, Questions
-from welore.sources import Raw, alone, every, head_and_tail, read_files, train_and_dev
+from welore.sources import Raw, alone, every, head_and_tail, is_text, read_files, text, train_and_dev
 
 SHUFFLE_SEED = 99  # of the authors, for the choices of date understanding
 
 
 @dataclass
-class CommonsenseQa(Questions):
+class Lettered(Questions):
+    """What is answered by the letter of a choice; its pattern names the letters."""
+
+    def chosen(self, stem: str, choices: Sequence[str], right: int) -> Example:
+        letters = tuple(self.pattern.split("|"))[: len(choices)]
+        if not all(map(is_text, choices)) or len(choices) > len(letters):
+            raise ValueError(f"the choices {choices} are not texts for the letters {self.pattern}")
+        written = " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
+        return Example(f"{stem} Answer Choices: {written}", letters[right], letters)
+
+
+@dataclass
+class CommonsenseQa(Lettered):
     """Five choices by common sense; the dev set is the test set, as in the paper."""
 
     trigger: ClassVar[str] = "Among A through E, the answer is"
@@ -26,24 +41,31 @@ class CommonsenseQa(Questions):
     def example(self, raw):
         inner = raw["question"]
         if isinstance(inner, str):  # the hub's format: flat, with the choices as two lists
-            stem, choices = inner, list(zip(raw["choices"]["label"], raw["choices"]["text"], strict=True))
+            stem, labels, choices = text(raw, "question"), raw["choices"]["label"], raw["choices"]["text"]
         else:
-            stem, choices = inner["stem"], [(choice["label"], choice["text"]) for choice in inner["choices"]]
-        return chosen(stem, [text for _, text in choices], [label for label, _ in choices].index(raw["answerKey"]))
+            stem, labels = text(inner, "stem"), [choice["label"] for choice in inner["choices"]]
+            choices = [choice["text"] for choice in inner["choices"]]
+        return self.chosen(stem, choices, labels.index(raw["answerKey"]))
 
 
 @dataclass
 class Svamp(Questions):
-    """A sum in words, answered by a number. The first 70 % are for training."""
+    """A sum in words, answered by a number. The first 70 % are for training: those of `SVAMP.json`, whose order and
+    split the hub's copy has not."""
 
     trigger: ClassVar[str] = "The answer (arabic numerals) is"
     pattern: ClassVar[str] = r"-?\d+\.?\d*"
 
     def divide(self, raws):
-        return (raws["train"], raws["test"]) if "test" in raws else head_and_tail(alone(raws), 0.7)
+        if set(raws) == {"train", "test"}:
+            return head_and_tail(sorted(every(raws), key=challenge), 0.7)
+        return head_and_tail(alone(raws), 0.7)
 
     def example(self, raw):
-        return Example(f"{raw['Body']} {raw['Question']}", f"{float(raw['Answer']):g}")
+        answer = float(raw["Answer"])
+        if not math.isfinite(answer):
+            raise ValueError(f"the answer {raw['Answer']!r} is no number")
+        return Example(f"{text(raw, 'Body')} {text(raw, 'Question')}", f"{answer:.15g}")
 
     def right(self, read: str, item: Item) -> bool:
         return float(read) == float(item.answer)
@@ -62,8 +84,8 @@ class BoolQ(Questions):
     def example(self, raw):
         if not isinstance(raw["answer"], bool):
             raise ValueError(f"the answer {raw['answer']!r} is neither true nor false")
-        question = f"{raw['question']}? Answer Choices: (a) True (b) False"
-        return Example(question, str(raw["answer"]), ("True", "False"), raw["passage"])
+        question = f"{text(raw, 'question')}? Answer Choices: (a) True (b) False"
+        return Example(question, str(raw["answer"]), ("True", "False"), text(raw, "passage"))
 
 
 @dataclass
@@ -94,7 +116,7 @@ class CoinFlip(YesOrNo):
     def example(self, raw):
         if raw["answer"] not in ("yes", "no"):
             raise ValueError(f"the answer {raw['answer']!r} is neither yes nor no")
-        return Example(raw["question"], raw["answer"], ("yes", "no"))
+        return Example(text(raw, "question"), raw["answer"], ("yes", "no"))
 
 
 @dataclass
@@ -112,10 +134,11 @@ class StrategyQa(YesOrNo):
 
 
 @dataclass
-class DateUnderstanding(Questions):
+class DateUnderstanding(Lettered):
     """A date out of five or six, in BIG-bench's format: the `BigBench` of the paper.
 
-    The right one stands first in nearly every record, so that choices are shuffled, in one fixed way.
+    The right one stands first in nearly every record, so that choices are shuffled, in one fixed way: with the seed of
+    the paper's scripts, but by the question, so that the order is not theirs.
     """
 
     trigger: ClassVar[str] = "Among A through F, the answer is"
@@ -128,15 +151,25 @@ class DateUnderstanding(Questions):
         scores, question = big_bench(raw), question_of(raw)
         choices = sorted(scores)
         random.Random(f"{SHUFFLE_SEED} {question}").shuffle(choices)
-        return chosen(question, choices, choices.index(max(scores, key=scores.get)))
+        return self.chosen(question, choices, choices.index(max(scores, key=scores.get)))
 
 
 @dataclass
-class ObjectTracking(Questions):
-    """Who holds what after three swaps: three choices, in BIG-bench's format."""
+class ObjectTracking(Lettered):
+    """Who holds what after three swaps: three choices, in BIG-bench's format.
+
+    Left out are the spaces that end each question, which the published prompt keeps, and the dots behind choices.
+    """
 
     trigger: ClassVar[str] = "Among A through C, the answer is"
     pattern: ClassVar[str] = "A|B|C"
+
+    def _hub(self):
+        """The hub has puzzles of five and of seven objects under the same name."""
+        found = super()._hub()
+        return {
+            name: [r for r in raws if len(r.get("multiple_choice_targets", ())) == 3] for name, raws in found.items()
+        }
 
     def divide(self, raws):
         return head_and_tail(every(raws), 0.8)
@@ -145,14 +178,18 @@ class ObjectTracking(Questions):
         scores = big_bench(raw)
         choices = list(scores)
         question = f"{question_of(raw).strip()} \nWhich choice is true ?"
-        return chosen(question, [choice.rstrip(".") for choice in choices], choices.index(max(scores, key=scores.get)))
+        right = choices.index(max(scores, key=scores.get))
+        return self.chosen(question, [choice.rstrip(".") for choice in choices], right)
 
 
-def chosen(stem: str, choices: Sequence[str], right: int) -> Example:
-    """A question whose choices get letters, answered by the letter of the right one."""
-    letters = tuple("ABCDEFGHIJ"[: len(choices)])
-    written = " ".join(f"({letter}) {choice}" for letter, choice in zip(letters, choices, strict=True))
-    return Example(f"{stem} Answer Choices: {written}", letters[right], letters)
+def challenge(raw: Raw) -> int:
+    """The place of a record in `SVAMP.json`, whose IDs are chal-1, chal-2, ..."""
+    found = re.fullmatch(r"chal-(\d+)", str(raw.get("ID")))
+    if found is None:
+        raise Refused(
+            f"ID={raw.get('ID')!r} of a record of SVAMP says nothing of its place. Expected is one like chal-7."
+        )
+    return int(found.group(1))
 
 
 def big_bench(raw: Raw) -> dict[str, float]:
@@ -167,7 +204,8 @@ def big_bench(raw: Raw) -> dict[str, float]:
 
 
 def question_of(raw: Raw) -> str:
-    return raw["input"] if "input" in raw else raw["inputs"]
+    """The question alone: the hub's copy has put `Q:` before and `A:` behind those of some tasks."""
+    return text(raw, "input") if "input" in raw else re.sub(r"^\s*Q: |\s*\nA:\s*$", "", text(raw, "inputs"))
 
 
 def coin_flips(count: int, seed: int) -> list[Raw]:

@@ -98,8 +98,10 @@ def _scores(found: dict[str, Any]) -> list[str]:
     lines = {"accuracy": "", "by likelihood": "option_"}
     present = {title: prefix for title, prefix in lines.items() if f"dense/{prefix}accuracy" in found}
     rows = [_row(title, [_accuracy(found, stage, prefix) for stage in STAGES]) for title, prefix in present.items()]
-    unparsed = [number(found.get(f"{stage}/unparsed"), 0) for stage in STAGES]
-    return [*rows, _row("unparsed", unparsed)] if "accuracy" in present else rows
+    counts = {"unparsed": "unparsed"} if "accuracy" in present else {}
+    broken = {"broken": "broken", "broken by likelihood": "option_broken"}
+    counts |= {title: key for title, key in broken.items() if any(f"{stage}/{key}" in found for stage in STAGES)}
+    return rows + [_row(title, [number(found.get(f"{s}/{key}"), 0) for s in STAGES]) for title, key in counts.items()]
 
 
 def _accuracy(found: dict[str, Any], stage: str, prefix: str) -> str:

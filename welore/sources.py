@@ -21,12 +21,7 @@ def reading_hub(what: str, where: str, instead: str) -> Iterator[None]:
     """Say of whatever fails while the hub is read what was read, and what to give in its place."""
     try:
         yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        HTTPError,
-    ) as error:  # no connection, no such set, a set that is a script
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:  # no connection, no such set, one that is a script
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise Refused(f"{what} are read from {where} on the hub, which failed: {reason} {instead}") from error
 
@@ -82,6 +77,17 @@ def parsed(parse: Callable[[Any], T], raw: Any, number: int, where: str, form: s
         ) from error
 
 
+def text(raw: Raw, key: str) -> str:
+    """A field that must hold words; raises ValueError where it does not."""
+    if not is_text(raw[key]):
+        raise ValueError(f"{key} holds no text but {raw[key]!r}")
+    return raw[key]
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def alone(raws: dict[str, list[Raw]]) -> list[Raw]:
     if len(raws) > 1:
         raise Refused(f"the questions should be in one file, and there are {sorted(raws)}. Give the path of one.")
@@ -99,6 +105,11 @@ def named(raws: dict[str, list[Raw]], *words: str) -> list[Raw]:
     if len(names) != 1:
         raise Refused(f"one file or split named after {' or '.join(words)} is needed, and there are {sorted(raws)}.")
     return raws[names[0]]
+
+
+def alone_or_named(raws: dict[str, list[Raw]], *words: str) -> list[Raw]:
+    """The records of the only file or split, or else of the one whose name has one of the words."""
+    return alone(raws) if len(raws) == 1 else named(raws, *words)
 
 
 def train_and_dev(raws: dict[str, list[Raw]]) -> tuple[list[Raw], list[Raw]]:

@@ -13,6 +13,7 @@ from welore.config import Config
 from welore.evaluate import Benchmark, Outcome
 from welore.measure import give_back, peak_memory
 from welore.provenance import environment
+from welore.records import finite
 from welore.report import announce
 
 
@@ -51,9 +52,9 @@ def measure_once(model, weights: dict[str, str], benchmark: Benchmark, config: C
 def noted(outcome: Outcome, folder: Path, stage: str) -> dict[str, Any]:
     """The metrics of a stage; its answers go to a file for people to read."""
     if breaks_at := outcome.stage.get(metrics.BREAKS_AT):
-        announce(f"the {stage} model gives a loss that is not finite; it starts in {breaks_at}")
+        announce(f"the {stage} model gives numbers that are not finite; they start in {breaks_at}")
     if outcome.answers:
-        lines = [json.dumps(answer, ensure_ascii=False) for answer in outcome.answers]
+        lines = [json.dumps(finite(answer), ensure_ascii=False, allow_nan=False) for answer in outcome.answers]
         with whole(folder / f"answers-{stage}.jsonl") as part:
             part.write_text("\n".join(lines) + "\n")
     return outcome.metrics(stage)

@@ -1,0 +1,53 @@
+"""Every benchmark with a local file, put to the compressed default model by the runner."""
+
+import json
+
+import pytest
+import torch
+from test_questions import FOLDERS
+
+from welore.config import compose, to_config
+from welore.runner import run
+
+LIMIT = 2
+ASKED = {name: folder for name, (folder, *_) in FOLDERS.items()} | {"triviaqa": "triviaqa"}
+
+
+@pytest.fixture(scope="module")
+def outputs(default_model, tmp_path_factory):
+    """An empty folder for runs, with the weights and the spectra of the default model, which take long to make."""
+    folder, kept = tmp_path_factory.mktemp("outputs"), default_model[2].folder
+    (folder / ".cache").mkdir()
+    for name in ("models", "components"):
+        (kept / name).mkdir(exist_ok=True)
+        (folder / ".cache" / name).symlink_to(kept / name)
+    return folder
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ASKED)
+def test_the_compressed_default_model_answers_the_first_test_questions(name, outputs, data):
+    torch.set_num_threads(2)
+    path = data / "tasks" / ASKED[name]
+    options = [
+        f"task={name}",
+        f"task.path={path}",
+        f"task.limit={LIMIT}",
+        "err=0.1",
+        "mode=none",
+        f"outputs={outputs}",
+    ]
+    config = to_config(compose([*options, "trainer=cpu", "logger=none", "trainer.progress=false", "save=false"]))
+    record = run(config, outputs / name)
+    assert record.metrics["eval/examples"] == LIMIT
+    asked = config.task.examples("test")[:LIMIT]
+    for stage in ("dense", "compressed"):
+        lines = (outputs / name / f"answers-{stage}.jsonl").read_text().split("\n")[:-1]
+        answers = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+        assert [answer["right"] for answer in answers] == [example.answer for example in asked]
+        for answer, example in zip(answers, asked, strict=True):
+            assert example.question in answer["prompt"] and example.passage in answer["prompt"]
+            assert answer["verdict"] in ("right", "wrong", "unparsed") and answer["written"] is not None
+            assert ("option" in answer) == bool(example.options)
+        right = sum(answer["verdict"] == "right" for answer in answers)
+        assert (record.metrics[f"{stage}/correct"], record.metrics[f"{stage}/accuracy"]) == (right, right / LIMIT)
