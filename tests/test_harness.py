@@ -1,8 +1,12 @@
 import json
+from ast import literal_eval
 
 import pytest
+import torch
 
+from welore.checkpoint import load
 from welore.errors import Refused
+from welore.lowrank import LowRankLinear
 from welore.runner import run
 
 QUESTIONS = [
@@ -62,6 +66,22 @@ def test_the_harness_measures_the_model_in_memory(asked, tmp_path):
     for stage, lines in {"dense": dense, "compressed": compressed}.items():
         assert found[f"{stage}/lm_eval/sums/acc"] * 20 == pytest.approx(sum(line["metrics"]["acc"] for line in lines))
     assert [line["answers"] for line in dense] != [line["answers"] for line in compressed]
+
+
+def test_the_harness_reads_the_log_p_that_the_compressed_model_gives(asked, tmp_path):
+    """Without it: the model that was saved, a prompt with its answer in one pass, and a sum in float64."""
+    pytest.importorskip("lm_eval")
+    run(asked("task.limit=5", "save=true"), tmp_path / "run")
+    model, tokenizer = load(tmp_path / "run" / "model", torch.float32)
+    assert any(isinstance(module, LowRankLinear) for module in model.modules())
+    for line in answers(tmp_path / "run", "compressed"):
+        start = tokenizer(line["prompt"])["input_ids"]
+        for option, found in zip(line["options"], line["answers"], strict=True):
+            ids = tokenizer(line["prompt"] + option)["input_ids"]
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            expected = sum(log_p[place - 1, ids[place]].item() for place in range(len(start), len(ids)))
+            assert literal_eval(found)[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_question_that_is_read_by_two_filters_is_one_question(asked, tmp_path):
