@@ -3,9 +3,9 @@
 Cost: laptop 18 runs and 18 that followed, 91 minutes on 2 busy CPU cores; paper at least 72, never measured.
 
 It holds the memory rows of Table 4 in the paper's first version. The paper tunes all three at one learning rate; here
-each has its own. At laptop scale the factors are K-FAC's at WeLore's ranks, as in Table 6: with plain ones the small
-model is broken from err 0.4 on (Table 4), and no mode mends it on so few tokens. Memory of a whole process on a CPU is
-not that of a GPU: on one, read the ratios.
+each has its own. At laptop scale there are two of the errs, to save hours, and the factors are K-FAC's at WeLore's
+ranks, as in Table 6: with plain ones the small model is broken from err 0.4 on (Table 4), and no mode mends it on so
+few tokens. Memory of a whole process on a CPU is not that of a GPU: on one, read the ratios.
 """
 
 from collections.abc import Sequence

@@ -21,6 +21,7 @@ from experiments.tuning import Study, studies
 from welore.counts import is_possible
 
 NEEDS = asked.NEEDS
+START = "each mode starts from the model as it was cut; the paper's models had been trained on C4 before"
 TASKS = ["commonsenseqa", "svamp", "boolq", "coinflip", "date", "strategyqa"]
 SIZES = [1221, 300, 3270, 150, 74, 687]  # of the test sets, as the paper says
 MODES = ["full", "lora", "galore", "welore"]
@@ -73,7 +74,8 @@ def render(rows: Sequence[Row]) -> Page:
     body = [[*_labels(study), *asked.budget(study), *asked.values(study)] for study in found]
     alone = {study.cell["err"] for study in found if len(study.grid) > 1} == {TRIED_AT}
     carried = [f"learning rates were tried at err {TRIED_AT:g} alone, and taken for the other models"] if alone else []
-    return Page(head, body, [*factors(rows), *carried, *asked.NOTES, *impossible(), *measured(rows)], claims(found))
+    notes = [START, *factors(rows), *carried, *asked.NOTES, *impossible(), *measured(rows)]
+    return Page(head, body, notes, claims(found))
 
 
 def _labels(study: Study) -> list[str]:
