@@ -69,7 +69,8 @@ class Answers(Kind):
     def shown(self, row):
         right, asked = (row.number(metric) for metric in (metrics.COMPRESSED_CORRECT, metrics.EVAL_EXAMPLES))
         low, high = wilson(right, asked)
-        return [f"{right} / {asked}", f"{100 * low:.1f} to {100 * high:.1f}", str(row.found(metrics.EVAL_UNPARSED))]
+        unread = row.found(metrics.EVAL_UNPARSED) + (row.found(metrics.COMPRESSED_BROKEN) or 0)
+        return [f"{right} / {asked}", f"{100 * low:.1f} to {100 * high:.1f}", str(unread)]
 
     def differs(self, row, other):
         return mcnemar(*(verdicts(r.folder, "compressed") for r in (row, other)))

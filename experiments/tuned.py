@@ -61,16 +61,21 @@ def _cost(row: Row) -> list[str]:
         "—" if trained is None else f"{trained / 1e6:,.2f}M",
         number(row.found(metrics.FIT_TOKENS), 0),
         number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
-        number(logged(row, metrics.TRAIN_PEAK_GIB), 2),
+        number(taken(row, metrics.TRAIN_PEAK_GIB), 2),
         number(optimizer, 1),
         _device(row),
     ]
 
 
-def logged(row: Row, metric: metrics.Metric) -> float | None:
-    """The last that the log of training has, so that peak memory is that of steps alone; else that of the record."""
-    values = curve(row.folder, metric.key)
-    return values[-1][1] if values else row.found(metric)
+def taken(row: Row, metric: metrics.Metric) -> float | None:
+    """What a run took, by its record; memory by the log of its steps: what comes before and after is none of it.
+
+    Of a run that was stopped it is that of the steps since.
+    """
+    if metric is not metrics.TRAIN_PEAK_GIB:
+        return row.found(metric)
+    logged = curve(row.folder, metric.key)
+    return logged[-1][1] if logged else None
 
 
 def _device(row: Row) -> str:
@@ -102,7 +107,7 @@ def value(study: Study | None, metric: metrics.Metric) -> float | None:
     """Of the run that stands for a study; None while the study is not whole."""
     if study is None or study.missing or study.first is None:
         return None
-    return logged(study.first, metric)
+    return taken(study.first, metric)
 
 
 def costs(found: Found, metric: metrics.Metric) -> Numbers:
@@ -116,7 +121,7 @@ def costs(found: Found, metric: metrics.Metric) -> Numbers:
         by_device = [{_device(row): row for row in reversed(study.runs) if row.record} for study in studies.values()]
         shared = [device for device in by_device[0] if all(device in runs for runs in by_device)]
         for column, runs in zip(studies, by_device, strict=True):
-            numbers[place, column] = logged(runs[shared[-1]], metric) if shared else None
+            numbers[place, column] = taken(runs[shared[-1]], metric) if shared else None
     return numbers
 
 

@@ -7,7 +7,7 @@ usage: python scripts/bench_inference.py [--model smollm2_135m] [--err 0.3 0.5] 
 
 Dense and compressed take turns on the same prompt, each as it is and fused (welore/fuse.py). A compressed model is
 slower than it need be where a ratio of speeds is below both the ratio of FLOPs and that of bytes. Peak memory is
-measured in a process for each model, as it is, at the largest batch and every length.
+measured in a process for each model and length, as it is, at the largest batch.
 """
 
 import argparse
@@ -103,22 +103,20 @@ def line(row: dict) -> str:
     return "\n".join(lines)
 
 
-def memory(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, float | None]]:
-    """Peak of one prefill and a few decoding steps of the model in a folder, by length of the prompt.
+def memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, float | None]:
+    """Peak of one prefill and a few decoding steps of the model in a folder, after a prompt of one length.
 
     All is included; what a process on a CPU held before the model was there is said too. The model is one that was
-    saved, as users have it: a process that has compressed one keeps what that took.
+    saved, as users have it: a process that has compressed one keeps what that took, and one that has read another
+    prompt the kernels for it.
     """
     with peak_memory(device) as before:
         held = before.gib
-    model = AutoModelForCausalLM.from_pretrained(arguments.only, dtype=DTYPES[arguments.dtype]).to(device).eval()
-    return [peak_at(model, max(arguments.batch), length, held) for length in sorted(arguments.prompt)]
-
-
-def peak_at(model: PreTrainedModel, batch: int, length: int, held: float) -> dict[str, float | None]:
+    folder, length = arguments.only
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype]).to(device).eval()
+    batch, length = max(arguments.batch), int(length)
     ids_BL = prompt(model, batch, length)
-    give_back(ids_BL.device)  # of what a shorter prompt has freed
-    with peak_memory(ids_BL.device) as peak:
+    with peak_memory(device) as peak:
         generate(model, ids_BL, 4)
         return {
             "batch": batch,
@@ -132,20 +130,19 @@ def peak_at(model: PreTrainedModel, batch: int, length: int, held: float) -> dic
 
 
 def alone(arguments: argparse.Namespace, config: Config, device: torch.device, err: float | None) -> list[dict]:
-    """`memory` of one model, in a process of its own."""
+    """`memory` of one model by length, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         model = load(config, device, arguments.dtype, err)
         describe(model, Path(folder))
         model.save_pretrained(folder)
         del model
         give_back(device)  # a GPU has no room for it twice
-        output = subprocess.run(
-            [sys.executable, __file__, f"--only={folder}", *sys.argv[1:]],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-    return json.loads(output.stdout.splitlines()[-1])
+        commands = [
+            [sys.executable, __file__, "--only", folder, str(length), *sys.argv[1:]]
+            for length in sorted(arguments.prompt)
+        ]
+        outputs = [subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True) for command in commands]
+    return [json.loads(output.stdout.splitlines()[-1]) for output in outputs]
 
 
 def parsed() -> argparse.Namespace:
@@ -160,7 +157,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of each model on each shape, in turns; 0: no speed")
     parser.add_argument("--seven-b", action="store_true", help="the shapes of LLaMA-2-7B, random, on a GPU")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_inference.json"), help="where the figures go")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as svd=plain (after a --)")
     arguments = parser.parse_args()
     if arguments.decode < 3 or arguments.rounds < 0 or min(*arguments.batch, *arguments.prompt, 1) < 1:

@@ -25,7 +25,7 @@ from welore.explain import explain
 from welore.records import Record, records
 
 TARGET = Path("benchmarks")
-OF_ANSWERS = ("read", "verdict", "option", "rouge_l", "judgments")
+OF_ANSWERS = ("read", "verdict", "option", "rouge_l")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -92,7 +92,10 @@ def write(record: Record, run: Path, folder: Path, needs: Sequence[str]) -> None
 def judged(line: str) -> str:
     """What was read of an answer and what it was found to be, without the question."""
     answer = json.loads(line)
-    return json.dumps({key: answer[key] for key in OF_ANSWERS if key in answer}, ensure_ascii=False)
+    kept = {key: answer[key] for key in OF_ANSWERS if key in answer}
+    if "judgments" in answer:
+        kept["judgments"] = [{"ratings": judgment["ratings"]} for judgment in answer["judgments"]]
+    return json.dumps(kept, ensure_ascii=False)
 
 
 if __name__ == "__main__":

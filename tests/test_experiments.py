@@ -284,7 +284,7 @@ def test_the_artefacts_of_the_paper_are_found():
 def test_an_artefact_says_what_it_is_and_what_it_costs(name):
     caption, cost = about(load(name))
     assert caption.startswith(
-        ("Table", "Figure", "Equal budgets", "Ablation", "Who learns", "Why low rank", "Recover")
+        ("Table", "Figure", "Equal budgets", "Ablation", "Who learns", "Why low rank", "Recover", "Every mode")
     ) and caption.endswith(".")
     assert cost.startswith("Cost: ") and "laptop" in cost and "paper" in cost
 

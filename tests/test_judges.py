@@ -1,10 +1,12 @@
 """Judges: what is read in their answers, and that nothing an endpoint does costs an answer twice or shows the key."""
 
 import json
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -451,6 +453,23 @@ def test_an_endpoint_that_is_not_there_charges_nothing(judge, kept):
     dear = judge(address, "judge.input_price=1", "judge.output_price=1", "judge.max_cost=9", "judge.retries=1")
     with pytest.raises(Refused, match="no answer in 2 tries"):
         dear.judgments(requests(1), kept, CPU, "judgments")
+    assert dear.spent == 0
+
+
+def test_an_endpoint_that_cannot_be_reached_in_time_charges_nothing(judge, kept):
+    """As behind a firewall: nobody accepts, and the queue of connections is full."""
+    with socket.socket() as deaf, ExitStack() as queue:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(3):
+            waiting = queue.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        address = f"http://127.0.0.1:{deaf.getsockname()[1]}/v1"
+        prices = ("judge.input_price=1", "judge.output_price=1", "judge.max_cost=9")
+        dear = judge(address, *prices, "judge.retries=1", "judge.timeout=0.2")
+        with pytest.raises(Refused, match="no answer in 2 tries"):
+            dear.judgments(requests(1), kept, CPU, "judgments")
     assert dear.spent == 0
 
 

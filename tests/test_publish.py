@@ -79,6 +79,12 @@ def test_answers_keep_their_verdicts_and_not_the_questions_of_a_data_set(tmp_pat
     assert "Is it" not in (folder / "answers-tuned.jsonl").read_text()
 
 
+def test_of_a_judgment_its_ratings_are_published_and_not_what_the_judge_was_asked():
+    judgment = {"asked": [{"role": "user", "content": "An article."}], "text": "Good.", "ratings": {"fluency": 7.0}}
+    line = json.dumps({"prompt": "An article.", "judgments": [judgment], "rouge_l": 0.25})
+    assert json.loads(publish.judged(line)) == {"rouge_l": 0.25, "judgments": [{"ratings": {"fluency": 7.0}}]}
+
+
 def test_a_path_that_nobody_else_has_is_refused(tmp_path, data):
     row, outputs = ran(tmp_path, path="/home/me/text")
     with pytest.raises(Refused, match="/home/me/text is a path of this machine"):

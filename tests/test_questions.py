@@ -7,7 +7,7 @@ import torch
 
 from welore.errors import Refused
 from welore.examine import Exam, Item, Sitting
-from welore.greedy import Reply
+from welore.greedy import Continuation
 from welore.loss import IGNORED
 from welore.quizzes import big_bench, coin_flips
 
@@ -93,6 +93,15 @@ def test_svamp_of_the_hub_is_divided_as_the_original_file(task, tmp_path, hub):
     hub(train=[record | {"ID": None} for record in records], test=[])
     with pytest.raises(Refused, match="ID=None .* Expected is one like chal-7"):
         task("svamp").examples("test")
+
+
+def test_a_folder_of_sums_that_is_divided_already_stays_so(task, tmp_path):
+    lines = {
+        name: [{"Body": "He has", "Question": f"{n}?", "Answer": n} for n in (1, 2, 3)] for name in ("train", "test")
+    }
+    for name, records in lines.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    assert len(task("svamp", f"task.path={tmp_path}", "task.sizes=null").examples("test")) == 3
 
 
 def shuffled_objects(count, number):
@@ -263,7 +272,7 @@ def verdicts(task, model, tokenizer, monkeypatch):
 
     def verdicts(name, wrote):
         monkeypatch.setattr(
-            "welore.examine.write_greedily", lambda model, _, prompts, *how: [Reply(wrote)] * len(prompts)
+            "welore.examine.write_greedily", lambda model, _, prompts, *how: [Continuation(wrote)] * len(prompts)
         )
         questions = task(name)
         sitting = Sitting(True, 1, 8, "written", questions.read, questions.right)

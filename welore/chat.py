@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from welore.evaluate import float32_logits
 from welore.examine import encode
 from welore.greedy import write_greedily
+from welore.report import announce
 
 Messages = list[dict[str, str]]  # of a conversation: each has a role (system, user, assistant) and a content
 
@@ -57,6 +58,8 @@ def replies(
     with float32_logits(model):
         ids = _encoded(tokenizer, prompts)
         found = write_greedily(model, tokenizer, ids, batch, new_tokens, _ends(model, tokenizer), dtype, title)
+    if breaks_at := next((reply.breaks_at for reply in found if reply.breaks_at), None):
+        announce(f"the model gives numbers that are not finite, which start in {breaks_at}: its {title} mean nothing")
     texts = [reply.text for reply in found]
     if tokenizer.chat_template is None:
         texts = [text.partition(PLAIN_END)[0] for text in texts]

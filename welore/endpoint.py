@@ -22,6 +22,7 @@ from welore.errors import Refused
 
 PASSING = (408, 409, 425, 429)  # worth another try, as is every 5xx
 LONGEST_BACKOFF, LONGEST_WAIT = 60.0, 600.0  # seconds: of our own accord, and because the endpoint asks for it
+GRACE = 0.5  # seconds for a time-out of the connection to be told: it says that nothing was sent
 LARGEST = 2**24  # bytes of an answer, thousands of times those of a judgment
 JITTER = random.Random()  # of its own, so that it disturbs no seeded draw
 
@@ -166,7 +167,7 @@ class Endpoint:
 
         Thread(target=ask, daemon=True).start()
         try:
-            return answer.result(self.timeout)
+            return answer.result(self.timeout + GRACE)
         except urllib.error.URLError as error:  # of a connection that was not made
             raise _Again(_named(error.reason)) from None
         except TimeoutError:

@@ -19,7 +19,7 @@ from welore import metrics
 from welore.batches import padding
 from welore.counts import wilson
 from welore.evaluate import Benchmark, Outcome, autocast, float32_logits
-from welore.greedy import PASS_TOKENS, Reply, passes, where_it_breaks, write_greedily
+from welore.greedy import PASS_TOKENS, Continuation, passes, where_it_breaks, write_greedily
 
 CPU_TOKENS = 1024  # of a pass without a cache: activations of more leave the caches of a CPU, and it gets slower
 
@@ -142,7 +142,7 @@ class Exam(Benchmark):
                 answer |= _likeliest(item, scored)
         return answers
 
-    def _read(self, item: Item, reply: Reply) -> dict[str, Any]:
+    def _read(self, item: Item, reply: Continuation) -> dict[str, Any]:
         if reply.breaks_at:
             place = {metrics.BREAKS_AT: reply.breaks_at}
             return {"written": reply.text, "read": None, "verdict": "broken"} | place
@@ -165,7 +165,7 @@ class Exam(Benchmark):
                 shortest[place] = ids[:start]
         return [shortest[place] for place in range(len(items))]
 
-    def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[Reply]:
+    def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[Continuation]:
         prompts = self.prompts if items is self.items else self.encoded(items)
         sitting, ends = self.sitting, self.tokenizer.eos_token_id
         title = f"{stage} answers"

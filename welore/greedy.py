@@ -21,7 +21,7 @@ PASS_TOKENS = 8192  # of one pass, padding included
 
 
 @dataclass(frozen=True)
-class Reply:
+class Continuation:
     """What a model wrote; `breaks_at` is the first layer whose output is not finite, where the logits were not."""
 
     text: str
@@ -34,13 +34,18 @@ def where_it_breaks(model: PreTrainedModel, ids_BL: Tensor, dtype: str | None) -
 
 
 class Broken(LogitsProcessor):
-    """Notes which sequences were given NaN or infinity for a next token: whatever is chosen then means nothing."""
+    """Notes which sequences were given NaN or infinity for a next token: whatever is chosen then means nothing.
 
-    def __init__(self):
+    A sequence that has ended behind its prompt of `length` tokens is given padding only for the others of its batch.
+    """
+
+    def __init__(self, length: int, ends: int | list[int] | None):
+        self.length, self.ends = length, [] if ends is None else ends
         self.rows_B: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         rows_B = ~(scores < math.inf).all(-1)  # minus infinity is how a model rules out a token
+        rows_B &= ~torch.isin(input_ids[:, self.length :], torch.tensor(self.ends, device=input_ids.device)).any(-1)
         self.rows_B = rows_B if self.rows_B is None else self.rows_B | rows_B
         return scores
 
@@ -55,7 +60,7 @@ def write_greedily(
     ends: int | list[int] | None,
     dtype: str | None,
     title: str,
-) -> list[Reply]:
+) -> list[Continuation]:
     """What the model writes after each prompt, up to one of the tokens `ends` and without special tokens."""
     device, pad = next(model.parameters()).device, padding(tokenizer)
     greedy = GenerationConfig(
@@ -66,7 +71,7 @@ def write_greedily(
         pad_token_id=pad,
         eos_token_id=ends,
     )
-    written = [Reply("")] * len(prompts)
+    written = [Continuation("")] * len(prompts)
     for places in passes(prompts, batch, title):
         length = max(len(prompts[place]) for place in places)
         ids_BL = torch.full((len(places), length), pad)
@@ -74,7 +79,7 @@ def write_greedily(
         for row, place in enumerate(places):
             ids_BL[row, length - len(prompts[place]) :] = torch.tensor(prompts[place])
             real_BL[row, length - len(prompts[place]) :] = 1
-        broken = Broken()
+        broken = Broken(length, ends)
         with autocast(device, dtype), _defaults(model, greedy):
             out_BL = model.generate(
                 input_ids=ids_BL.to(device),
@@ -85,7 +90,7 @@ def write_greedily(
         breaks_at = where_it_breaks(model, out_BL, dtype) if broken.rows_B.any() else None
         new = tokenizer.batch_decode(out_BL[:, length:], skip_special_tokens=True)
         for place, text, breaks in zip(places, new, broken.rows_B.tolist(), strict=True):
-            written[place] = Reply(text, breaks_at if breaks else None)
+            written[place] = Continuation(text, breaks_at if breaks else None)
     return written
 
 

@@ -138,8 +138,9 @@ class Tuner(LightningModule):
         if (base := checkpoint.get("base", self.base)) != self.base:  # a checkpoint of before there was one goes on
             raise Refused(
                 f"the checkpoint was trained upon weights with the digest {base}, and those that do not train have "
-                f"{self.base} now: the compressed model was made again and came out otherwise, as it may with another "
-                f"torch once its factors are no longer in the cache. Write force=true to train from the start."
+                f"{self.base} now: what was made again came out otherwise, as it may on another kind of GPU or CPU, "
+                f"with another torch, or without the factors in the cache. Go on where it was trained, or write "
+                f"force=true to train from the start."
             )
 
     def _trained(self) -> set[str]:
@@ -148,22 +149,25 @@ class Tuner(LightningModule):
         return {name for name, parameter in self.named_parameters() if id(parameter) in chosen}
 
 
-Known = dict[nn.Parameter, tuple[int, str]]
+Known = dict[Tensor, tuple[int, str]]
 
 
 def known_digests(model: PreTrainedModel, weights: Mapping[str, str]) -> Known:
     """The digest of each parameter, and where its content lies: `base_digest` hashes none again that is still there.
 
-    It keeps the parameters alive, or those that a mode makes could take the place of those that it drops.
+    The model's own buffers count as known without being hashed: they follow from its config, rotary frequencies by
+    functions whose last bit is that of a processor. It keeps all of them alive, or what a mode makes could take the
+    place of what it drops.
     """
-    return {p: (p.data_ptr(), weights[name]) for name, p in model.named_parameters() if name in weights}
+    known = {p: (p.data_ptr(), weights[name]) for name, p in model.named_parameters() if name in weights}
+    return known | {buffer: (buffer.data_ptr(), "") for buffer in model.buffers()}
 
 
 def base_digest(model: PreTrainedModel, trained: Iterable[nn.Parameter], known: Known) -> str:
     """The content of all that does not train once a mode has prepared the model.
 
-    With buffers, for there some modes keep the singular vectors between which they train, and decomposed again these
-    may have other signs.
+    With the buffers of the mode, for there some keep the singular vectors between which they train, and decomposed
+    again these may have other signs.
     """
     chosen = {id(parameter) for parameter in trained}
     rest = {name: p for name, p in model.named_parameters() if id(p) not in chosen} | dict(model.named_buffers())

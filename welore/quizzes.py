@@ -50,16 +50,17 @@ class CommonsenseQa(Lettered):
 
 @dataclass
 class Svamp(Questions):
-    """A sum in words, answered by a number. The first 70 % are for training: those of `SVAMP.json`, whose order and
-    split the hub's copy has not."""
+    """A sum in words, answered by a number. The first 70 % of `SVAMP.json` are for training."""
 
     trigger: ClassVar[str] = "The answer (arabic numerals) is"
     pattern: ClassVar[str] = r"-?\d+\.?\d*"
 
+    def _hub(self):
+        """The hub has another order, and a split by it."""
+        return {"SVAMP": sorted(every(super()._hub()), key=challenge)}
+
     def divide(self, raws):
-        if set(raws) == {"train", "test"}:
-            return head_and_tail(sorted(every(raws), key=challenge), 0.7)
-        return head_and_tail(alone(raws), 0.7)
+        return (raws["train"], raws["test"]) if "test" in raws else head_and_tail(alone(raws), 0.7)
 
     def example(self, raw):
         answer = float(raw["Answer"])
