@@ -168,7 +168,7 @@ CHANGED = [pytest.param(*v, id=k, marks=[] if "adapters" in k else [pytest.mark.
 @pytest.mark.parametrize(("overrides", "change", "place", "name"), CHANGED)
 def test_a_run_does_not_go_on_upon_another_base(tmp_path, monkeypatch, overrides, change, place, name):
     stop_in_step_5(tmp_path, monkeypatch, *overrides)
-    with monkeypatch.context() as patched, pytest.raises(Refused, match="came out otherwise.*Write force=true"):
+    with monkeypatch.context() as patched, pytest.raises(Refused, match="came out otherwise.*force=true"):
         made_otherwise(patched, change, place, name)
         run(config_of(tmp_path, *overrides), tmp_path / "cut")
     assert run(config_of(tmp_path, *overrides), tmp_path / "cut").status == "done"  # the checkpoint is still there
