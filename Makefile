@@ -47,6 +47,6 @@ clean:                 # the environment; outputs/ holds results and stays
 	touch $@
 
 .venv/harness: .venv/ready
-	$(PIP) --editable '.[lm_eval]'
+	$(PIP) --editable '.[harness]'
 	$(BIN)/python -c 'import lm_eval'
 	touch $@

@@ -132,7 +132,7 @@ def test_a_harness_that_asks_nothing_is_refused(configured, overrides, words):
 
 def test_a_missing_package_is_named(asked, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Refused, match=r"pip install -e \.\[lm_eval\]"):
+    with pytest.raises(Refused, match=r"pip install -e \.\[harness\]"):
         asked().task.benchmark(None, None)
 
 

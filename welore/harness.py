@@ -1,6 +1,6 @@
 """The tasks of lm-evaluation-harness, run on the model in memory, factors and all.
 
-The package is an optional extra: pip install -e .[lm_eval]
+The package is an optional extra: pip install -e .[harness]
 """
 
 import importlib.util
@@ -48,7 +48,7 @@ class Harness(Task):
     def benchmark(self, tokenizer: Any, cache: Cache) -> "HarnessRun":
         if importlib.util.find_spec(PACKAGE) is None:
             raise Refused(
-                "task=lm_eval needs lm-evaluation-harness, which is not installed. Run: pip install -e .[lm_eval]"
+                "task=lm_eval needs lm-evaluation-harness, which is not installed. Run: pip install -e .[harness]"
             )
         from lm_eval.tasks import TaskManager
 
