@@ -126,15 +126,13 @@ def _surely_more(ours: Study, theirs: Study) -> bool | None:
     if len(rows) < 2:
         return None
     one, two = (verdicts(row.folder) for row in rows)
-    if len(one) != len(two) or not one:
+    if len(one) != len(two):
         return None
     return sum(one) > sum(two) and mcnemar(one, two) < SURE
 
 
 def verdicts(folder: Path, stage: str = "tuned") -> list[bool]:
-    """Whether each answer of a run was right, in the order of the questions; empty where there is no file."""
+    """Whether each answer of a run was right, in the order of the questions."""
     file = folder / f"answers-{stage}.jsonl"
-    if not file.exists():
-        return []
     # Not splitlines(): questions hold separators such as U+0085, which do not end a line of a jsonl.
     return [json.loads(line)["verdict"] == "right" for line in file.read_text().split("\n") if line]

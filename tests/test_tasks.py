@@ -127,7 +127,13 @@ def test_downstream_training_is_that_of_the_paper_or_of_its_code(configured, tas
         "downstream": (steps, 1e-4),
         "downstream_code": (steps, 5e-5),
     }
-    factors = [of["downstream_code"].lr_factor(step, steps) for step in range(12)]
+
+
+@pytest.mark.parametrize("steps", [500, 147])  # 10 / 147 * 147 is above 10 in floating point
+def test_the_downstream_script_warms_up_for_ten_steps(configured, steps):
+    overrides = "task=svamp", "task/training=downstream_code", f"task.training.steps={steps}"
+    training = configured(*overrides).task.training
+    factors = [training.lr_factor(step, steps) for step in range(12)]
     assert factors.index(1) == 10 and factors[9] < 1 > factors[11]
 
 
