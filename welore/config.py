@@ -181,6 +181,14 @@ class Config:
             )
         if self.probe.examines and self.mode.trains:
             self._check_watched()
+        if self.calibration.rounds > 1 and not self.needs:
+            raise Refused(
+                f"calibration.rounds={self.calibration.rounds}, and svd={self.svd.name} with ranks={self.ranks.name} "
+                f"needs no statistics. Write calibration.rounds=1, or an option that needs some, such as svd=kfac."
+            )
+        self._check_budget()
+
+    def _check_budget(self) -> None:
         if isinstance(self.ranks, ranks.Given):
             self.err = self.keep = self.bytes = self.flops = None  # the file is the budget
             return
@@ -197,12 +205,6 @@ class Config:
             value = getattr(self, key)
             if value is not None and not 0 < value <= 1:
                 raise Refused(f"{key}={value} is not a fraction in (0, 1]. To keep 80 % write {key}=0.8.")
-
-        if self.calibration.rounds > 1 and not self.needs:
-            raise Refused(
-                f"calibration.rounds={self.calibration.rounds}, and svd={self.svd.name} with ranks={self.ranks.name} "
-                f"needs no statistics. Write calibration.rounds=1, or an option that needs some, such as svd=kfac."
-            )
 
     def _check_shards(self) -> None:
         """Refuse what needs a weight, or its gradient, whole while it trains."""

@@ -66,7 +66,8 @@ def _foreseen(error: BaseException) -> tuple[str, int] | None:
         if isinstance(cause, Interrupted):
             return str(cause), 128 + cause.signal  # what a shell reports of a process that a signal ended
         if isinstance(cause, KeyboardInterrupt):
-            return "stopped from the keyboard; the same command goes on from the last checkpoint", 130
+            going_on = "the same command goes on from the last checkpoint, unless it says force=true"
+            return f"stopped from the keyboard; {going_on}", 130
         if isinstance(cause, FloatingPointError | Lost):
             return str(cause), 1
         if isinstance(cause, torch.OutOfMemoryError):

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer as LightningTrainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from torch.utils.checkpoint import checkpoint as run_again
@@ -64,7 +65,7 @@ def fit(
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         training = batches.training
         checkpoints = Whole()
-        own = [_checkpoints(last, trainer.checkpoint_every), Stop(last, checkpoints), *_bar(bars)]
+        saves = Saves(last, checkpoints, trainer.checkpoint_minutes)
         runner = LightningTrainer(
             accelerator="gpu" if trainer.place().type == "cuda" else "cpu",
             **trainer.spread(),
@@ -76,8 +77,9 @@ def fit(
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=loggers,
-            callbacks=[throughput, *watching, *own],
+            callbacks=[throughput, *watching, saves, *_bar(bars)],
             plugins=[checkpoints, *_slurm_plugins()],
+            enable_checkpointing=False,
             enable_progress_bar=bars,
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -87,6 +89,7 @@ def fit(
                 runner.fit(tuner, batches, validation, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
             runner.save_checkpoint(last)  # what comes after training may fail, and must not cost it
             checkpoints.write()
+            saves.after_training(runner, tuner)
         finally:
             checkpoints.discard()
 
@@ -107,22 +110,23 @@ def recomputed(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
             del layer.forward  # the one of the class shows again
 
 
-class Stop(Callback):
-    """On SIGTERM, Ctrl-C or the signal that a job is to be requeued, finish the optimizer step, write the checkpoint
-    and raise Interrupted.
+class Saves(Callback):
+    """A checkpoint after the optimizer step in which `minutes` have passed since the last one; and on SIGTERM, Ctrl-C
+    or the signal that a job is to be requeued, after which it raises Interrupted.
 
     Inside a step nothing may be saved: half of its gradients, or half of its updated weights, would be lost. A second
     Ctrl-C stops at once, and the run goes on from the last regular checkpoint.
 
-    A checkpoint, also a regular one, is written once its step and the validation after it are in the history:
-    Lightning makes it before both, and a run that ended in between would go on without these lines. On a signal it
-    does not wait for the validation, which may take longer than the signal leaves.
+    A checkpoint is written once its step and the validation after it are in the history: Lightning calls before both,
+    and a run that ended in between would go on without these lines. On a signal it does not wait for the validation,
+    which may take longer than the signal leaves.
     """
 
-    def __init__(self, checkpoint: Path, checkpoints: "Whole"):
-        self.checkpoint, self.checkpoints = checkpoint, checkpoints
-        self.signal: int | None = None
-        self.saved = False
+    def __init__(self, checkpoint: Path, checkpoints: "Whole", minutes: float):
+        self.checkpoint, self.checkpoints, self.minutes = checkpoint, checkpoints, minutes
+        self.signal: int | None = None  # that came to this process
+        self.stopped_by: int | None = None  # that came to any, and that all have heard of
+        self.last = time.monotonic()
         self.before: dict[int, Any] = {}
 
     def on_train_start(self, trainer, module) -> None:
@@ -136,29 +140,43 @@ class Stop(Callback):
             self.signal = number
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-        if (index + 1) % trainer.accumulate_grad_batches == 0 and self._anywhere(trainer, module.device):
+        if (index + 1) % trainer.accumulate_grad_batches == 0 and self._due(trainer, module):
             trainer.save_checkpoint(self.checkpoint)
-            self.saved = True
+            self.last = time.monotonic()
 
-    def _anywhere(self, trainer, device: torch.device) -> bool:
-        """Whether a signal came to any process: they stop after the same step, for the same reason."""
-        number = torch.tensor(0 if self.signal is None else SIGNALS.index(self.signal) + 1, device=device)
-        number = int(trainer.strategy.reduce(number, reduce_op="max"))
-        if number:
-            self.signal = SIGNALS[number - 1]
-        return number > 0
+    def _due(self, trainer, module) -> bool:
+        """Whether any process wants a checkpoint: they save after the same step, and stop for the same reason."""
+        own = 1 if time.monotonic() - self.last >= 60 * self.minutes else 0
+        if self.signal is not None:
+            own = SIGNALS.index(self.signal) + 2
+        most = int(trainer.strategy.reduce(torch.tensor(own, device=module.device), reduce_op="max"))
+        if most > 1:
+            self.stopped_by = SIGNALS[most - 2]
+        return most > 0
 
     def on_validation_start(self, trainer, module) -> None:
-        if self.saved:
+        if self.stopped_by is not None:
             self.checkpoints.write()
 
     def on_train_batch_start(self, trainer, module, batch, index) -> None:
         self.checkpoints.write()
-        if self.saved:
-            trainer.strategy.barrier()  # Slurm may end the one that writes as soon as another has left
-            stopped = f"stopped by a signal after step {trainer.global_step} of {module.steps}"
-            announce(stopped)
-            raise Interrupted(f"{stopped}; the same command goes on from there", self.signal)
+        self._leave(trainer, module)
+
+    def after_training(self, trainer, module) -> None:
+        """Once the last checkpoint is written: a signal that came in the last step, or in the validation after it, is
+        meant for what comes now."""
+        self._due(trainer, module)
+        self._leave(trainer, module)
+
+    def _leave(self, trainer, module) -> None:
+        if self.stopped_by is None:
+            return
+        trainer.strategy.barrier()  # Slurm may end the one that writes as soon as another has left
+        stopped = f"stopped by a signal after step {trainer.global_step} of {module.steps}"
+        announce(stopped)
+        raise Interrupted(
+            f"{stopped}; the same command goes on from there, unless it says force=true", self.stopped_by
+        )
 
     def on_train_end(self, trainer, module) -> None:
         self._restore()
@@ -201,17 +219,6 @@ class Whole(TorchCheckpointIO):
         if self.waiting:
             half(self.waiting).unlink(missing_ok=True)
             self.waiting = None
-
-
-def _checkpoints(last: Path, every: int) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        dirpath=last.parent,
-        filename="step",
-        every_n_train_steps=every,
-        save_top_k=0,
-        save_last=True,
-        enable_version_counter=False,
-    )
 
 
 class Bars(TQDMProgressBar):

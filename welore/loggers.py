@@ -28,6 +28,9 @@ class Logger:
 
     name: str
 
+    def prepare(self) -> None:
+        """Refuse what cannot be logged to, before there is anything to log."""
+
     @contextmanager
     def open(
         self, folder: Path, record: Record, group: str | None, tags: list[str]
@@ -44,6 +47,17 @@ class Wandb(Logger):
     entity: str | None
     offline: bool
 
+    def prepare(self) -> None:
+        if self.offline:
+            return
+        import wandb
+
+        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            raise Refused(
+                "logger=wandb sends to W&B and there is no key. Run `wandb login` or set WANDB_API_KEY; "
+                "or write logger=offline and `wandb sync` the run folder later."
+            )
+
     @contextmanager
     def open(
         self, folder: Path, record: Record, group: str | None, tags: list[str]
@@ -52,11 +66,7 @@ class Wandb(Logger):
         import wandb
         from lightning.pytorch.loggers import WandbLogger
 
-        if not self.offline and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            raise Refused(
-                "logger=wandb sends to W&B and there is no key. Run `wandb login` or set WANDB_API_KEY; "
-                "or write logger=offline and `wandb sync` the run folder later."
-            )
+        self.prepare()
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
         logger = WandbLogger(
             save_dir=str(folder),
@@ -65,7 +75,7 @@ class Wandb(Logger):
             offline=self.offline,
             id=record.fingerprint,
             resume=None if self.offline else "allow",
-            name="/".join(tags),
+            name=f"{'/'.join(tags)}-{record.fingerprint}",
             group=group,
             tags=tags,
             config=record.config,

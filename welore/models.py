@@ -113,7 +113,7 @@ class Pretrained(Model):
 
     def _from_gguf(self, path: Path, folder: Path) -> tuple[PreTrainedModel, Any]:
         """Dequantizing takes far longer than reading the result, which is therefore kept beside the other caches."""
-        converted = folder / "models" / digest(path.name, self.identity(), self.dtype)
+        converted = folder / "models" / digest(str(path.resolve()), _stamp(path), self.dtype)
         if not converted.exists():
             model, tokenizer = _from_pretrained(self, str(path.parent), gguf_file=path.name)
             model.hf_quantizer.remove_quantization_config(model)  # dequantized: an ordinary model from here on
@@ -166,7 +166,11 @@ class Pretrained(Model):
         if path is None:
             return self.revision or ""
         files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
-        return digest(*(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files))
+        return digest(*map(_stamp, files))
+
+
+def _stamp(file: Path) -> str:
+    return f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
 
 
 @dataclass

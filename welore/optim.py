@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class Float32Masters:
@@ -23,6 +24,7 @@ class Float32Masters:
 
     def __init__(self, parameters: list[nn.Parameter], **options):
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.hooks: list[RemovableHandle] = []
         super().__init__(self._masters(parameters), **options)
 
     def add(self, parameters: list[nn.Parameter], lr: float) -> None:
@@ -33,9 +35,16 @@ class Float32Masters:
         masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
         pairs = [(p, master) for p, master in zip(parameters, masters, strict=True) if p is not master]
         for parameter, master in pairs:
-            parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master))
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master)))
         self.pairs += pairs
         return masters
+
+    def release(self) -> None:
+        """Let go of the parameters: their gradients and what moves them to masters, which else stay with the model."""
+        self.zero_grad(set_to_none=True)
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -80,6 +80,7 @@ class Blockwise(Refine):
                 self._loss(stream, number, own[batch], dense[batch], metric).backward()
             optimizer.step()
             optimizer.zero_grad()
+        optimizer.release()
         for parameter in parameters:
             parameter.requires_grad_(False)
         after = self._mean_loss(stream, number, own, dense, metric)

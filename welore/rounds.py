@@ -151,7 +151,7 @@ def _announce(plan: Plan, config: Config, nats: float | None) -> None:
     damage = "" if nats is None else f", predicted damage {nats:.4f} nats"
     announce(f"asked {config.asked}: err {plan.err:.4f}, keep {plan.keep:.4f}, {lrc}{damage}")
     asked, got = (config.keep, plan.keep) if config.err is None else (config.err, plan.err)
-    if asked is not None and abs(asked - got) > 0.01:
+    if plan.lrc is None and asked is not None and abs(asked - got) > 0.01:
         announce(
             f"this is {abs(asked - got):.3f} off: ranks.dense={getattr(config.ranks, 'dense', None)} allows no nearer"
         )

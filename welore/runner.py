@@ -172,10 +172,9 @@ def _log(found: Mapping[str, Any], loggers: Iterable["Logger"]) -> None:
 
 def _story(config: Config, folder: Path, record: Record) -> None:
     """Steps 3 to 10 of a run; what they measure goes into the record at once."""
+    config.logger.prepare()
     torch.manual_seed(config.seed)
     device, cache = config.trainer.place(), Cache(Path(config.outputs) / ".cache")
-    found = record.metrics
-
     announce(f"load {config.model.name}")
     model, tokenizer = config.model.load(cache.folder, config.task.training_texts)
     benchmark = config.task.benchmark(tokenizer, cache, *config.judges)
@@ -188,6 +187,35 @@ def _story(config: Config, folder: Path, record: Record) -> None:
         record.environment["recompute"] = config.trainer.recompute
         if processes.count() > 1:
             record.environment["processes"] = f"{processes.count()} x {config.trainer.name}"
+    with _loggers(config, folder, record) as loggers:
+        plan, weights = _compressed(model, tokenizer, weights, benchmark, config, folder, cache, record)
+        found = record.metrics
+        _log(found, loggers)
+        logged = dict(found)
+        if config.mode.trains:
+            config.mode.divide(plan.division)
+            _call(model, tokenizer, folder, plan.division)
+            found |= tune(model, tokenizer, config, folder, cache, loggers, weights)
+            found |= noted(measure(model, benchmark, config, "tuned"), folder, "tuned")
+            found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
+        if config.save:
+            checkpoint.save(model, tokenizer, folder / MODEL)
+        _log({key: value for key, value in found.items() if logged.get(key) != value}, loggers)
+
+
+def _compressed(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    weights: dict[str, str],
+    benchmark: Benchmark,
+    config: Config,
+    folder: Path,
+    cache: Cache,
+    record: Record,
+) -> tuple[Plan, dict[str, str]]:
+    """Measure the model, compress it in place and measure it again. `weights` are the digests of its parameters; those
+    of the compressed model come back with the plan."""
+    device, found = next(model.parameters()).device, record.metrics
     found |= {metrics.DENSE_PARAMETERS.key: count_parameters(model), metrics.DENSE_BYTES.key: count_bytes(model)}
     found |= noted(measure_once(model, weights, benchmark, config, cache, "dense"), folder, "dense")
     found[metrics.DENSE_EVAL_TOKENS_PER_SECOND.key] = found.get(metrics.EVAL_TOKENS_PER_SECOND.key)
@@ -200,17 +228,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     weights = weight_digests(model)
     found |= noted(measure_once(model, weights, benchmark, config, cache, "compressed"), folder, "compressed")
     found[metrics.NATS.key] = _damage(found)
-
-    with _loggers(config, folder, record) as loggers:
-        if config.mode.trains:
-            config.mode.divide(plan.division)
-            _call(model, tokenizer, folder, plan.division)
-            found |= tune(model, tokenizer, config, folder, cache, loggers, weights)
-            found |= noted(measure(model, benchmark, config, "tuned"), folder, "tuned")
-            found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
-        _log(found, loggers)
-    if config.save:
-        checkpoint.save(model, tokenizer, folder / MODEL)
+    return plan, weights
 
 
 def _call(model: PreTrainedModel, tokenizer: Any, folder: Path, division: Mapping[str, int]) -> None:

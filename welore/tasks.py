@@ -126,7 +126,7 @@ class Training:
 
     def lr_factor(self, step: int, steps: int) -> float:
         """What the peak learning rate is multiplied with in the given step of `steps`, counted from 0."""
-        warm = math.ceil(round(self.warmup * steps, 9))   # 10 / 147 * 147 is above 10
+        warm = math.ceil(round(self.warmup * steps, 9))  # 10 / 147 * 147 is above 10
         if step < warm:
             return (step + 1) / (warm + 1)
         share = (step - warm) / max(1, steps - warm)

@@ -20,22 +20,24 @@ REQUEUE = signal.SIGUSR2  # what submitit asks Slurm to send before the time lim
 
 @dataclass
 class Trainer:
-    """Nothing here changes a result: the device, the steps between two checkpoints, whether bars are shown, and
+    """Nothing here changes a result: the device, the minutes between two checkpoints, whether bars are shown, and
     whether every decoder layer is run again for its gradient, which takes less memory and more time (`recompute`)."""
 
     together: ClassVar[bool] = False  # several processes for one cell
     shards: ClassVar[bool] = False  # each of which holds a part of every weight
     name: str
     device: str
-    checkpoint_every: int
+    checkpoint_minutes: float
     progress: bool
     recompute: bool
 
     def __post_init__(self):
         if self.device not in ("auto", "cpu", "gpu"):
             raise Refused(f"trainer.device={self.device} is unknown. Write auto, cpu or gpu.")
-        if self.checkpoint_every < 1:
-            raise Refused(f"trainer.checkpoint_every={self.checkpoint_every} saves never. Write 1 or more steps.")
+        if self.checkpoint_minutes < 0:
+            raise Refused(
+                f"trainer.checkpoint_minutes={self.checkpoint_minutes} is no time. Write 0 for every step, or more."
+            )
 
     def spread(self) -> dict[str, Any]:
         """How Lightning spreads the training over processes: here one process trains alone."""

@@ -64,7 +64,9 @@ def tune(
             fit(config.trainer, tuner, batches, validation, folder, autocast, loggers, throughput, watching)
         memory = peak.metrics(metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
     gradients = trained * torch.float32.itemsize
-    state = (gradients + state_bytes(tuner.optimizers(use_pl_optimizer=False))) / GIB
+    optimizer = tuner.optimizers(use_pl_optimizer=False)
+    state = (gradients + state_bytes(optimizer)) / GIB
+    optimizer.release()  # gradients are no part of the model that is measured now
     model.to(device).eval().requires_grad_(False)
     config.mode.finish(model)
     zeros.apply()  # adapters that were merged into a pruned weight had filled them
