@@ -90,5 +90,6 @@ def test_the_texts_that_were_fetched_are_read_without_a_network(hub):
     splits = ",".join(f"{split}:'{file}:{file}.jsonl'" for split, file in files.items())
     task = to_config(compose(["model=tiny", "task=c4", "task.repo=owner/texts", f"task.splits={{{splits}}}"])).task
     assert list(task.documents("test")) == ["four", "five"]
+    assert list(task.documents("test", as_is=True)) == ["four", "", "five"]
     assert sorted(task.documents("train", 0)) == ["one", "two"]
     assert all(options["local_files_only"] for _, options in hub.asked)

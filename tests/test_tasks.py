@@ -92,9 +92,9 @@ def test_a_package_that_is_not_installed_is_named(configured):
 
 
 def test_a_protocol_says_in_one_line_what_it_measures():
-    line = Protocol("authors", 1100, " ", 4096, 256, "text").title()
+    line = Protocol("authors", 1100, " ", False, 4096, 256, "text").title()
     assert all(part in line for part in ("first 1100 documents", "' '", "4096", "first 256", "bos: text"))
-    assert "all documents" in Protocol("field", None, "\n\n", 2048, None, "text").title()
+    assert "all documents as they are" in Protocol("field", None, "\n\n", True, 2048, None, "text").title()
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,21 @@ def test_a_raw_file_holds_a_document_on_each_line_that_is_not_empty(tmp_path):
     assert read_documents(tmp_path / "wiki.test.raw", alone=True) == [" = Title = ", " First line . "]
 
 
+def test_a_raw_file_as_it_is_holds_the_rows_that_the_hub_has_of_it(tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(" \n = Title = \n \n First line . \n\n")
+    rows = ["", " = Title = \n", "", " First line . \n", ""]
+    assert read_documents(tmp_path / "wiki.test.raw", alone=True, as_is=True) == rows
+
+
+@pytest.mark.real
+def test_wikitext_as_it_is_is_the_text_that_the_field_reports_on(configured, data):
+    """Of 1,294,336 characters LLaMA-2's tokenizer makes the 341,469 tokens that others report for this text."""
+    task = configured("task=wikitext2", f"task.path={data / 'wikitext2'}").task
+    assert task.protocol.as_is
+    assert len(task.protocol.joiner.join(task.documents("test", as_is=True))) == 1_294_336
+    assert len(task.protocol.joiner.join(task.documents("test"))) == 1_288_511
+
+
 def test_a_txt_file_is_one_document_or_alone_its_paragraphs(tmp_path):
     (tmp_path / "a.txt").write_text("first\nparagraph\n\n\n\nsecond\n")
     assert read_documents(tmp_path / "a.txt", alone=False) == ["first\nparagraph\n\n\n\nsecond\n"]

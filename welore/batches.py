@@ -46,7 +46,7 @@ def _ids(texts: list[str], tokenizer: Any, cache: Cache, special: bool) -> list[
 def evaluation_windows(task: "TextTask", tokenizer: Any, cache: Cache, split: str = "test") -> Tensor:
     """The windows that a protocol scores, ids_BL. The text that is left after the last whole window is not scored."""
     protocol = task.protocol
-    texts = list(islice(task.documents(split), protocol.documents))
+    texts = list(islice(task.documents(split, as_is=protocol.as_is), protocol.documents))
     text = protocol.joiner.join(texts)
     ids_T = torch.tensor(_ids([text], tokenizer, cache, special=protocol.bos == "text")[0])
     first = [tokenizer.bos_token_id] if protocol.bos == "window" else []

@@ -280,6 +280,8 @@ def science(config: Config) -> dict[str, Any]:
         chosen["identity"]["calibration"] = config.calibration.identity()
     else:
         del chosen["calibration"]
+    if not chosen["task"].get("protocol", {}).get("as_is", True):
+        del chosen["task"]["protocol"]["as_is"]  # runs from before there was such a choice are these
     del chosen["judge"]
     for judge in config.judges:
         chosen["judge"] = judge.science()

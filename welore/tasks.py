@@ -34,7 +34,8 @@ class Protocol:
     """How perplexity is measured: exp of the mean next-token loss over non-overlapping windows of one long text.
 
     `documents` of the test split (null for all) are joined by `joiner`, tokenized as one text and cut into windows of
-    `window` tokens, of which the first `windows` (null for all) are scored, each without sight of the others. `bos`
+    `window` tokens, of which the first `windows` (null for all) are scored, each without sight of the others. Empty
+    documents and line ends around one are left out, unless they are taken `as_is`, as GPTQ's evaluation does. `bos`
     says where a begin-of-sequence token stands: `text` (wherever the tokenizer puts one at the start of a text),
     `window` (at the start of every window, as Gemma needs) or `none`.
     """
@@ -42,6 +43,7 @@ class Protocol:
     name: str
     documents: int | None
     joiner: str
+    as_is: bool
     window: int
     windows: int | None
     bos: str
@@ -58,7 +60,8 @@ class Protocol:
         """The protocol in one line, to stand beside every number measured with it."""
         documents = "all" if self.documents is None else f"first {self.documents}"
         windows = "" if self.windows is None else f", first {self.windows}"
-        return f"{documents} documents joined by {self.joiner!r}, windows of {self.window}{windows}, bos: {self.bos}"
+        taken = f"{documents} documents{' as they are' if self.as_is else ''} joined by {self.joiner!r}"
+        return f"{taken}, windows of {self.window}{windows}, bos: {self.bos}"
 
 
 @dataclass
@@ -142,14 +145,14 @@ class Texts:
     name: str
     path: str | None
 
-    def documents(self, split: str, seed: int = 0) -> Iterator[str]:
+    def documents(self, split: str, seed: int = 0, as_is: bool = False) -> Iterator[str]:
         """The texts of a split; those of `train` and `calibration` in an order that depends on the seed."""
         if self.path is None:
-            return self._source(split, seed)
-        texts = iter(local_split(Path(self.path), split, self.where))
+            return self._source(split, seed, as_is)
+        texts = iter(local_split(Path(self.path), split, self.where, as_is))
         return shuffled(texts, seed) if split in SHUFFLED else texts
 
-    def _source(self, split: str, seed: int) -> Iterator[str]:
+    def _source(self, split: str, seed: int, as_is: bool) -> Iterator[str]:
         raise NotImplementedError
 
     def fetch(self) -> str | None:
@@ -170,7 +173,7 @@ class Package(Texts):
     package: str
     pattern: str
 
-    def _source(self, split: str, seed: int) -> Iterator[str]:
+    def _source(self, split: str, seed: int, as_is: bool) -> Iterator[str]:
         spec = find_spec(self.package)
         if spec is None:
             raise Refused(
@@ -191,7 +194,7 @@ class Hub(Texts):
     revision: str | None
     splits: dict[str, str]
 
-    def _source(self, split: str, seed: int) -> Iterator[str]:
+    def _source(self, split: str, seed: int, as_is: bool) -> Iterator[str]:
         from datasets import load_dataset
 
         part, _, file = self.splits[split].partition(":")
@@ -206,7 +209,8 @@ class Hub(Texts):
             if split in SHUFFLED:
                 rows = rows.shuffle(seed=seed, buffer_size=10_000)
             for row in rows:
-                if text := row["text"].strip("\n"):
+                text = row["text"] if as_is else row["text"].strip("\n")
+                if text or as_is:
                     yield text
 
     def fetch(self) -> str | None:
@@ -295,8 +299,8 @@ class Calibration:
     """On how much text statistics are gathered: about `tokens` tokens of a split, in windows that `seed` chooses.
 
     Documents are joined by the end-of-sequence token, in an order fixed by the seed; those of `validation` stay in
-    their own. `labels` are the next tokens of
-    the `text`, or `sampled` from the model (E[gg^T] is then the true Fisher in place of the empirical one).
+    their own. `labels` are the next tokens of the `text`, or `sampled` from the model (E[gg^T] is then the true Fisher
+    in place of the empirical one).
     Metrics are damped, (1 - a) C + a mean(diag C) I, by `damping` for E[xx^T] and `gradient_damping` for E[gg^T].
     After the first of several `rounds` the statistics are those of the model that the round before has compressed.
     `predict` gathers gradients, for the predicted damage, although no option needs them.

@@ -42,10 +42,11 @@ def text_files(path: Path, where: str = "task") -> list[Path]:
     return files
 
 
-def read_documents(file: Path, alone: bool) -> list[str]:
+def read_documents(file: Path, alone: bool, as_is: bool = False) -> list[str]:
     """The documents of one file: the `text` of each line of a jsonl, the lines of a raw file, a whole txt file.
 
-    A txt file that stands `alone` is divided into its paragraphs (at blank lines). Empty documents are left out.
+    A txt file that stands `alone` is divided into its paragraphs (at blank lines). Empty documents are left out;
+    `as_is` they stay, and a line of a raw file is the row that the hub has of it: with its end, or empty.
     """
     try:
         content = file.read_text(encoding="utf-8")
@@ -61,10 +62,12 @@ def read_documents(file: Path, alone: bool) -> list[str]:
                 f'{type(error).__name__}: {error}. Write lines such as {{"text": "..."}}.'
             ) from error
     elif file.suffix == ".raw":
-        texts = content.split("\n")
+        texts = content.removesuffix("\n").split("\n")
+        if as_is:
+            return [f"{text}\n" if text.strip() else "" for text in texts]
     else:
         texts = content.split("\n\n") if alone else [content]
-    return [text for text in texts if text.strip()]
+    return texts if as_is else [text for text in texts if text.strip()]
 
 
 def _text_of(line: str) -> str:
@@ -80,18 +83,19 @@ def _split_of(file: Path) -> str | None:
     return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
-def local_split(path: Path, split: str, where: str = "task") -> list[str]:
+def local_split(path: Path, split: str, where: str = "task", as_is: bool = False) -> list[str]:
     """Files named after their split serve that split; where none is held out by name, all documents are pooled."""
     files = text_files(path, where)
     named = {split: [f for f in files if _split_of(f) == split] for split in SPLITS}
     if named["test"] or named["validation"]:
-        texts = [text for file in named[split] for text in read_documents(file, alone=False)]
+        texts = [text for file in named[split] for text in read_documents(file, alone=False, as_is=as_is)]
         if not texts and split == "calibration" and named["train"]:
             texts = _local_split_of_train(named["train"], "calibration")
         elif split == "train" and not named["calibration"]:
             texts = _local_split_of_train(named["train"], "train")
     else:
-        texts = hashed_split([t for file in files for t in read_documents(file, alone=path.is_file())], split)
+        pool = [text for file in files for text in read_documents(file, path.is_file(), as_is)]
+        texts = hashed_split(pool, split)
     if not texts:
         raise Refused(
             f"{where}.path={path} holds no {split} text. Its files are {[f.name for f in files]}. Give more "
