@@ -4,7 +4,7 @@
 
 E_l(r) is what the first r components of weight l are worth, and dense is an option of every weight, worth them all.
 For decreasing component values this is a threshold: keep those worth at least price * cost. WeLore is the case of
-(sigma / sigma_1)^2, where every rank costs 1 and no weight is better off dense.
+normalized singular values, where every rank costs 1 and no weight is better off dense.
 
 Shape suffixes: L = weights, O = options of one, K = ranks of one.
 """

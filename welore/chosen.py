@@ -32,14 +32,10 @@ class Chosen(Adam):
         super().__post_init__()
         if self.who not in WHO:
             raise Refused(f"mode.who={self.who} is unknown. Write one of {', '.join(WHO)}.")
-        self._lrc: Mapping[str, int] | None = None
-
-    def divide(self, lrc: Mapping[str, int]) -> None:
-        self._lrc = lrc
 
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
         found = components(model)
-        lrc = factored_ranks(model) if self._lrc is None else self._lrc
+        lrc = factored_ranks(model) if self.division is None else self.division
         if not lrc:
             raise Refused(
                 f"mode={self.name} needs WeLore's division, and there is no LRC. Write ranks=welore or "

@@ -22,6 +22,7 @@ class Mode:
     """What trains after compression."""
 
     name: str
+    division = None  # LRCs are what is factored, unless `divide` tells otherwise
 
     @property
     def trains(self) -> bool:
@@ -38,7 +39,8 @@ class Mode:
         return False
 
     def divide(self, lrc: Mapping[str, int]) -> None:
-        """Hear which weights are WeLore's LRCs, and at which ranks; most modes look at the model alone."""
+        """Hear which weights are WeLore's LRCs, and at which ranks."""
+        self.division = lrc
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Change the model before its parameters are chosen; most modes have nothing to change."""
@@ -95,13 +97,8 @@ class Adam(Mode):
 class Lrc(Adam):
     """Train the factors of the low-rank components only (WeLore-PEFT, Section 3.2)."""
 
-    _division = None  # LRCs are what is factored, unless `divide` tells otherwise
-
-    def divide(self, lrc: Mapping[str, int]) -> None:
-        self._division = lrc
-
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        parameters = side_parameters(model, self._division, lrc=True)
+        parameters = side_parameters(model, self.division, lrc=True)
         return parameters and parameters + self.normalizations(model)
 
 
@@ -109,13 +106,8 @@ class Lrc(Adam):
 class NLrc(Adam):
     """Train the weights that stayed dense only (Figure 4)."""
 
-    _division = None
-
-    def divide(self, lrc: Mapping[str, int]) -> None:
-        self._division = lrc
-
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
-        parameters = side_parameters(model, self._division, lrc=False)
+        parameters = side_parameters(model, self.division, lrc=False)
         return parameters and parameters + self.normalizations(model)
 
 
