@@ -20,9 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from bench import SEVEN_B, compressed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from welore.bench import SEVEN_B, compressed
 from welore.cache import Cache
 from welore.checkpoint import describe
 from welore.config import Config, compose, to_config

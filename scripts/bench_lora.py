@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from bench import compressed
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from welore import metrics
 from welore.batches import Batches, Rows, training_rows
+from welore.bench import compressed
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.evaluate import frozen_weights_in

@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from bench import compressed
 
+from welore.bench import compressed
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.examine import Exam, Sitting

@@ -13,9 +13,9 @@ import statistics
 from pathlib import Path
 
 import torch
-from bench import Steps, compressed, flops_limit, seconds
 from torch import nn
 
+from welore.bench import Steps, compressed, flops_limit, seconds
 from welore.cache import Cache
 from welore.config import compose, to_config
 from welore.evaluate import autocast, frozen_weights_in

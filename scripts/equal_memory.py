@@ -17,11 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bench import compressed
-from memory import measured
 from torch import nn
 from transformers import PreTrainedModel
 
+from welore.bench import compressed, measured
 from welore.cache import Cache
 from welore.config import compose, to_config
 from welore.measure import GIB
@@ -51,7 +50,7 @@ def one(arguments: argparse.Namespace) -> dict:
         return {"largest batch": largest}
     batch = min(largest, arguments.most or largest)
     try:
-        found = measured(model, config, replace(step, batch=batch), steps=1)
+        _, found = measured(model, config, replace(step, batch=batch), steps=1)
     except torch.cuda.OutOfMemoryError:
         return {"largest batch": largest, "batch": batch, "out of memory": True}
     return {"largest batch": largest, "batch": batch} | found

@@ -13,17 +13,14 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from bench import Steps, compressed
-from transformers import PreTrainedModel
-
+from welore.bench import compressed, measured
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.errors import Refused
 from welore.explain import explain
-from welore.fit import recomputed
-from welore.measure import GIB, give_back, peak_memory
+from welore.measure import GIB
 from welore.memory import Footprint, Step, largest_batch, predict
-from welore.models import Random, count_bytes, count_parameters
+from welore.models import Random, count_parameters
 from welore.modes import select
 from welore.ranks import read_ranks
 from welore.shapes import SHAPES, factor, on_meta, stand_in
@@ -67,30 +64,11 @@ def main() -> int:
     return 0
 
 
-def measured(model: PreTrainedModel, config: Config, step: Step, steps: int = 2) -> dict[str, float]:
-    """Predicted and measured peak of a model, without what the process holds beside its weights."""
-    device = config.trainer.place()
-    give_back(device)
-    with peak_memory(device) as now:
-        besides = now.gib - count_bytes(model) / GIB
-    model.train()
-    with peak_memory(device) as peak, recomputed(model, step.recompute):
-        trained = Steps(model, config.mode, config.model.autocast, step.batch, step.length)
-        seconds = trained.turn(steps)
-        found = peak.gib - besides
-    footprint = predict(model, config.mode, trained.parameters, step)
-    print(table(footprint))
-    return {
-        "measured GiB": found,
-        "predicted GiB": footprint.peak / GIB,
-        "tokens_per_second": step.tokens / min(seconds),
-    }
-
-
 def measure(config: Config, step: Step) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model, _ = compressed(config, config.trainer.place(), Cache(Path(folder)))
-    found = measured(model, config, step)
+    footprint, found = measured(model, config, step)
+    print(table(footprint))
     ratio = found["predicted GiB"] / found["measured GiB"]
     print(
         f"measured {found['measured GiB']:.3f} GiB, predicted / measured {ratio:.3f}, "

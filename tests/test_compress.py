@@ -8,7 +8,7 @@ from conftest import FAMILIES
 from welore.allocate import Lagrange
 from welore.cache import Cache
 from welore.calibrate import Statistics, calibrate
-from welore.compress import Coordinates, factorize, predict, read_spectra, resolve, weight_digests
+from welore.compress import Coordinates, evidence, factorize, predict, read_spectra, resolve, weight_digests
 from welore.errors import Refused
 from welore.evaluate import causal_loss, perplexity
 from welore.models import components, count_bytes, count_parameters, flops_per_token
@@ -193,3 +193,12 @@ def test_of_a_model_that_is_factored_already_bytes_are_a_share_of_those_that_it_
     dense = resolve(Budget(bytes=0.8), model)
     compress(model, dense="break_even")
     assert resolve(Budget(bytes=0.8), model).keep == pytest.approx(dense.keep)
+
+
+def test_the_same_tokens_in_other_windows_have_losses_of_trial_cuts_of_their_own(model, cache):
+    coordinates = Coordinates(Plain("plain", "none"), weight_digests(model), cache)
+    ids_T = torch.randint(0, 200, (512,), generator=torch.Generator().manual_seed(0))
+    cut = {next(iter(components(model))): 4}
+    short, long = (evidence(model, coordinates, ids_T.view(-1, length), None).loss for length in (64, 128))
+    assert short(cut) != long(cut)
+    assert short(cut) == short(cut)

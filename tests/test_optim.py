@@ -133,3 +133,17 @@ def test_passes_accumulate_in_float32_and_no_gradient_is_held_twice():
     optimizer.step()
     optimizer.zero_grad()
     assert master.grad is None
+
+
+def test_after_release_the_model_holds_no_gradient_and_another_optimizer_can_take_it_up():
+    (weight,) = parameters(torch.bfloat16)[:1]
+    first, second = AdamW([weight], lr=1e-2), None
+    first.release()
+    second = AdamW([weight], lr=1e-2)
+    weight.float().square().sum().backward()
+    assert second.pairs[0][1].grad is not None and first.pairs[0][1].grad is None
+    second.release()
+    assert weight.grad is None and second.pairs[0][1].grad is None
+    first.attach()
+    weight.float().square().sum().backward()
+    assert first.pairs[0][1].grad is not None and second.pairs[0][1].grad is None and weight.grad is None

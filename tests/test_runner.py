@@ -36,6 +36,21 @@ def test_the_same_text_in_other_windows_has_a_dense_perplexity_of_its_own(tmp_pa
     assert found[0]["dense/perplexity"] != found[1]["dense/perplexity"]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_gradient_of_the_training_is_held_while_the_tuned_model_is_measured(tmp_path, monkeypatch, dtype):
+    held, measure = [], runner.measure
+
+    def look(model, *arguments):
+        held.append(
+            [name for name, p in model.named_parameters() if p.grad is not None or p._post_accumulate_grad_hooks]
+        )
+        return measure(model, *arguments)
+
+    monkeypatch.setattr(runner, "measure", look)
+    run(config_of(tmp_path, "mode=welore", f"model.dtype={dtype}"), tmp_path / "run")
+    assert held == [[]]
+
+
 @pytest.mark.slow
 def test_a_forced_run_that_fails_gives_back_the_finished_one_whole(tmp_path):
     run(config_of(tmp_path), tmp_path / "run")

@@ -34,10 +34,18 @@ class Float32Masters:
     def _masters(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
         masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in parameters]
         pairs = [(p, master) for p, master in zip(parameters, masters, strict=True) if p is not master]
+        self.pairs += pairs
+        self._hook(pairs)
+        return masters
+
+    def _hook(self, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
         for parameter, master in pairs:
             self.hooks.append(parameter.register_post_accumulate_grad_hook(partial(_move_gradient, master)))
-        self.pairs += pairs
-        return masters
+
+    def attach(self) -> None:
+        """Take the parameters up again after `release`."""
+        if not self.hooks:
+            self._hook(self.pairs)
 
     def release(self) -> None:
         """Let go of the parameters: their gradients and what moves them to masters, which else stay with the model."""

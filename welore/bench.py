@@ -1,0 +1,140 @@
+"""What benchmarks measure: a compressed model, steps of a mode on it, and what its FLOPs allow."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from welore.cache import Cache
+from welore.compress import Coordinates, factorize, read_spectra, weight_digests
+from welore.config import Config
+from welore.evaluate import autocast, causal_loss, frozen_weights_in
+from welore.fit import recomputed
+from welore.inference import head_size
+from welore.lowrank import LowRankLinear
+from welore.measure import GIB, give_back, peak_memory, synchronize
+from welore.memory import Footprint, Step, predict
+from welore.models import components, count_bytes
+from welore.modes import Mode, select
+
+SEVEN_B = [
+    "model=tiny",
+    "model.name=llama2_7b_shapes",
+    "model.dtype=bfloat16",
+    "model.config.vocab_size=32000",
+    "model.config.hidden_size=4096",
+    "model.config.intermediate_size=11008",
+    "model.config.num_hidden_layers=32",
+    "model.config.num_attention_heads=32",
+    "model.config.num_key_value_heads=32",
+    "err=0.5",
+]
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def compressed(config: Config, device: torch.device, cache: Cache) -> tuple[nn.Module, dict]:
+    """The model of a config, compressed, and what that took in time and in memory beside the model."""
+    model, _ = config.model.load(Path(config.outputs) / ".cache")
+    model.to(device)
+    coordinates = Coordinates(config.svd, weight_digests(model), cache)
+    largest = max(module.weight.numel() for module in components(model).values())
+    with peak_memory(device) as before:
+        held = before.gib
+    with peak_memory(device) as peak:
+        spectra_seconds = seconds(lambda: read_spectra(model, coordinates), device)
+        spectra = read_spectra(model, coordinates)
+        plan = config.ranks.plan(spectra, config.budget)
+        factor_seconds = seconds(lambda: factorize(model, plan, coordinates), device)
+        extra = peak.gib - held
+    found = {
+        "spectra of all weights": {"seconds": spectra_seconds, "weights": len(spectra)},
+        "factors of all LRCs": {"seconds": factor_seconds, "weights": len(plan.factored)},
+        # The float64 copy of the largest weight, its Gram matrix and workspace are what one decomposition needs.
+        "peak memory beside the model while compressing": {
+            "GiB": extra,
+            "largest weight in float64, GiB": largest * 8 / GIB,
+        },
+    }
+    return model, found | {"plan": {"err": plan.err, "keep": plan.keep}}
+
+
+class Steps:
+    """Optimizer steps of one mode on one compressed model, on which other modes may have their turns in between."""
+
+    def __init__(self, model: nn.Module, mode: Mode, dtype: str | None, batch: int, length: int):
+        self.model, self.dtype = model, dtype
+        self.parameters = select(model, mode)
+        self.optimizer = mode.optimizer(self.parameters)
+        self.optimizer.release()
+        self.loss = causal_loss(model)
+        device = self.parameters[0].device
+        rows = model.get_input_embeddings().weight.shape[0]
+        self.ids_BL = torch.randint(0, rows, (batch, length), device=device)
+
+    def turn(self, count: int) -> list[float]:
+        """The seconds of `count` steps after one that does not count."""
+        self.model.requires_grad_(False)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.optimizer.attach()
+        try:
+            with frozen_weights_in(self.model, self.dtype):
+                return [seconds(self._step, self.ids_BL.device) for _ in range(count + 1)][1:]
+        finally:
+            self.optimizer.release()
+
+    def _step(self) -> None:
+        with autocast(self.ids_BL.device, self.dtype):
+            total, scored = self.loss(self.ids_BL, self.ids_BL)
+        (total / scored).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def flops_limit(model: nn.Module, length: int) -> dict[str, float]:
+    """How much faster LRC-only steps could be than full ones, by the FLOPs of a token, halved.
+
+    A stored number takes part in the forward product, in the gradient of the inputs and, where it trains, in its own
+    gradient. `limit` also counts causal attention, length / 2 positions for each of two products forward and four
+    backward; `limit of the weights` leaves it out. Elementwise work, the same in both modes, is in neither.
+    """
+    modules = components(model).values()
+    lrc = sum(p.numel() for m in modules if isinstance(m, LowRankLinear) for p in (m.A.weight, m.B.weight))
+    dense = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
+    through = 2 * (lrc + dense + model.get_output_embeddings().weight.numel())
+    config = model.config
+    attention = 3 * length * config.num_hidden_layers * config.num_attention_heads * head_size(config)
+
+    def limit(rest: float) -> float:
+        return (through + rest + lrc + dense) / (through + rest + lrc)
+
+    return {"limit": limit(attention), "limit of the weights": limit(0)}
+
+
+def measured(model: PreTrainedModel, config: Config, step: Step, steps: int = 2) -> tuple[Footprint, dict[str, float]]:
+    """The predicted footprint of a step, and what was measured, without what the process holds beside its weights."""
+    device = config.trainer.place()
+    give_back(device)
+    with peak_memory(device) as now:
+        besides = now.gib - count_bytes(model) / GIB
+    model.train()
+    with peak_memory(device) as peak, recomputed(model, step.recompute):
+        trained = Steps(model, config.mode, config.model.autocast, step.batch, step.length)
+        taken = trained.turn(steps)
+        found = peak.gib - besides
+    footprint = predict(model, config.mode, trained.parameters, step)
+    return footprint, {
+        "measured GiB": found,
+        "predicted GiB": footprint.peak / GIB,
+        "tokens_per_second": step.tokens / min(taken),
+    }
