@@ -34,7 +34,11 @@ POINTS = {
     "Budget": [(metrics.KEEP, metrics.ERR), (metrics.PREDICTED_NATS, metrics.NATS)],
 }
 BARS = {
-    "Throughput": [metrics.FIT_TOKENS_PER_SECOND, metrics.EVAL_TOKENS_PER_SECOND],
+    "Throughput": [
+        metrics.FIT_TOKENS_PER_SECOND,
+        metrics.EVAL_TOKENS_PER_SECOND,
+        metrics.EVAL_QUESTIONS_PER_SECOND,
+    ],
     "Memory": [metrics.FIT_PEAK_GIB, metrics.FIT_STATE_GIB, metrics.EVAL_PEAK_GIB],
     "Budget": [metrics.PARAMETERS, metrics.TRAINABLE_PARAMETERS],
 }

@@ -126,7 +126,7 @@ class Exam(Benchmark):
             metrics.EVAL_CHANCE.key: max(Counter(i.answer for i in self.items).values()) / len(answers),
             metrics.EVAL_ACCURACY.key: found.get("accuracy", found.get("option_accuracy")),
             metrics.EVAL_UNPARSED.key: found.get("unparsed", 0),
-            metrics.EVAL_TOKENS_PER_SECOND.key: sum(map(len, self.prompts)) / seconds,
+            metrics.EVAL_QUESTIONS_PER_SECOND.key: len(answers) / seconds,
         }
         return Outcome(found, shared, answers)
 

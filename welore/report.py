@@ -42,13 +42,14 @@ def summary(record: Record, folder: Path) -> str:
         _row("bytes", [_get(found, metrics.DENSE_BYTES), _get(found, metrics.BYTES), ""]),
         "",
     ]
+    questions, tokens = metrics.EVAL_QUESTIONS_PER_SECOND, metrics.EVAL_TOKENS_PER_SECOND
     pairs = [
         ("asked", asked),
         *_pairs(found, metrics.ERR, metrics.KEEP),
         ("LRC / N-LRC", f"{_get(found, metrics.LRC)} / {_get(found, metrics.N_LRC)}"),
         *_pairs(found, metrics.PREDICTED_NATS, metrics.NATS),
         *(_pairs(found, metrics.SPARSITY, metrics.N_LRC_SPARSITY) if metrics.SPARSITY.key in found else ()),
-        *_pairs(found, metrics.EVAL_TOKENS_PER_SECOND, metrics.EVAL_PEAK_GIB),
+        *_pairs(found, questions if questions.key in found else tokens, metrics.EVAL_PEAK_GIB),
     ]
     if metrics.FIT_TOKENS.key in found:
         pairs += _pairs(
