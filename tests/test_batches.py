@@ -195,3 +195,16 @@ def test_more_processes_than_sequences_in_a_pass_are_refused(monkeypatch):
     rows = Rows.padded([[5, 6]] * 4, 2, pad=0)
     with pytest.raises(Refused, match="2 sequences to 3 processes"):
         Batches(rows, SimpleNamespace(batch=4, accumulate=2, steps=1, tokens=None), seed=0)
+
+
+@pytest.mark.parametrize(("as_is", "joined"), [("true", " = T = \n|||one \n"), ("false", " = T = |one ")])
+def test_a_protocol_takes_documents_as_they_are_or_without_empty_ones(
+    tmp_path, configured, tokenizer, cache, as_is, joined
+):
+    (tmp_path / "wiki.test.raw").write_text(" = T = \n \n \none \n")
+    size = f"task.protocol.window={len(joined)}"
+    task = configured(
+        f"task.path={tmp_path}", *PROTOCOL, "task.protocol.joiner=|", size, f"task.protocol.as_is={as_is}"
+    )
+    windows_BL = evaluation_windows(task.task, tokenizer, cache)
+    assert tokenizer.decode(windows_BL.flatten().tolist()) == joined

@@ -148,6 +148,20 @@ def test_a_run_that_fails_is_a_failed_run_there_too_and_says_why(tmp_path):
     assert found["compressed/breaks_at"] == "model.layers.1"
 
 
+@pytest.mark.parametrize("breaks", ["compress", "checkpoint.save"])
+def test_a_run_that_dies_before_it_trains_or_when_it_is_saved_is_a_failed_run_there_too(tmp_path, monkeypatch, breaks):
+    def end(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(f"welore.runner.{breaks}", end)
+    overrides = ["model=tiny", "err=0.5", "mode=none", "task/protocol=smoke", "logger=offline", "save=true"]
+    with pytest.raises(MemoryError):
+        run(to_config(compose([*overrides, f"outputs={tmp_path}"])), tmp_path / "run")
+    (file,) = (tmp_path / "run").rglob("*.wandb")
+    about = summary(whole_records(file))[RECORD]
+    assert (about["status"], about["error"]) == ("failed", "MemoryError: no room")
+
+
 def test_online_without_a_key_is_refused_at_once(tmp_path, monkeypatch):
     for variable in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(variable, raising=False)

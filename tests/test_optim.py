@@ -137,7 +137,7 @@ def test_passes_accumulate_in_float32_and_no_gradient_is_held_twice():
 
 def test_after_release_the_model_holds_no_gradient_and_another_optimizer_can_take_it_up():
     (weight,) = parameters(torch.bfloat16)[:1]
-    first, second = AdamW([weight], lr=1e-2), None
+    first = AdamW([weight], lr=1e-2)
     first.release()
     second = AdamW([weight], lr=1e-2)
     weight.float().square().sum().backward()

@@ -135,7 +135,7 @@ def test_snapshots_of_a_run_that_trains_nothing_are_refused(configured):
 def _start(outputs, text_file, *overrides):
     command = [sys.executable, str(ROOT / "run.py"), *SMALL, "mode=full", "err=0", "task.training.steps=300"]
     return subprocess.Popen(
-        [*command, "trainer.checkpoint_minutes=0.002", f"task.path={text_file}", f"outputs={outputs}", *overrides],
+        [*command, "trainer.checkpoint_minutes=0", f"task.path={text_file}", f"outputs={outputs}", *overrides],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

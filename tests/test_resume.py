@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from welore import runner
 from welore.config import CONF, compose, to_config
 from welore.errors import Interrupted, Refused
+from welore.fit import Whole
 from welore.history import History
 from welore.lowrank import LowRankLinear
 from welore.module import Tuner
@@ -148,6 +150,30 @@ def test_a_signal_in_the_last_step_or_the_validation_after_it_stops_the_run_befo
     resumed = run(config_of(tmp_path), tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert resumed.metrics["tuned/perplexity"] == whole.metrics["tuned/perplexity"]
+
+
+@pytest.mark.parametrize(("minutes", "saved"), [(0, 12), (20, 4), (100000, 0)])
+def test_a_checkpoint_is_written_after_the_step_in_which_its_minutes_have_passed(
+    tmp_path, monkeypatch, minutes, saved
+):
+    """On a clock that goes on by seven minutes a step: after steps 3, 6, 9 and 12 twenty have passed."""
+    clock = SimpleNamespace(monotonic=lambda: 60 * 7 * steps[0])
+    steps, written, step, save = [0], [], Tuner.on_before_optimizer_step, Whole.save_checkpoint
+
+    def tick(tuner, optimizer):
+        steps[0] += 1
+        return step(tuner, optimizer)
+
+    def note(whole, checkpoint, path, storage_options=None):
+        written.append(checkpoint["global_step"])
+        save(whole, checkpoint, path)
+
+    monkeypatch.setattr("welore.fit.time", clock)
+    monkeypatch.setattr(Tuner, "on_before_optimizer_step", tick)
+    monkeypatch.setattr(Whole, "save_checkpoint", note)
+    run(config_of(tmp_path, f"trainer.checkpoint_minutes={minutes}"), tmp_path / "run")
+    assert len(written) == saved + 1 and written[-1] == 12  # the last one is that of the end
+    assert minutes != 20 or written == [3, 6, 9, 12, 12]
 
 
 @torch.no_grad()

@@ -140,3 +140,10 @@ def test_c4_is_divided_without_loss(data):
     texts = sum(parts, [])
     assert len(texts) == 2000 and all(parts)
     assert sum(len(set(part)) for part in parts) == len(set(texts))
+
+
+def test_what_is_drawn_from_a_pool_has_one_place_among_the_splits_as_it_is_too(tmp_path):
+    (tmp_path / "all.raw").write_text("".join(f" row {i} \n \n" for i in range(200)))
+    parts = [set(local_split(tmp_path / "all.raw", split, as_is=True)) for split in SPLITS]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 200
+    assert parts[SPLITS.index("test")] == set(local_split(tmp_path / "all.raw", "test"))

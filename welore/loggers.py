@@ -48,6 +48,7 @@ class Wandb(Logger):
     offline: bool
 
     def prepare(self) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # before the import: its start-up lines would break the bars
         if self.offline:
             return
         import wandb
@@ -62,11 +63,10 @@ class Wandb(Logger):
     def open(
         self, folder: Path, record: Record, group: str | None, tags: list[str]
     ) -> "Iterator[list[LightningLogger]]":
-        os.environ.setdefault("WANDB_SILENT", "true")  # before the import: its start-up lines would break the bars
+        self.prepare()
         import wandb
         from lightning.pytorch.loggers import WandbLogger
 
-        self.prepare()
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
         logger = WandbLogger(
             save_dir=str(folder),
@@ -81,6 +81,7 @@ class Wandb(Logger):
             config=record.config,
             settings=wandb.Settings(silent=True, console="off"),
         )
+        logger.experiment  # noqa: B018, it is W&B's run, which begins when it is first asked for: now
         try:
             yield [logger]
         finally:  # the next run of a sweep is another W&B run

@@ -35,9 +35,10 @@ class Protocol:
 
     `documents` of the test split (null for all) are joined by `joiner`, tokenized as one text and cut into windows of
     `window` tokens, of which the first `windows` (null for all) are scored, each without sight of the others. Empty
-    documents and line ends around one are left out, unless they are taken `as_is`, as GPTQ's evaluation does. `bos`
-    says where a begin-of-sequence token stands: `text` (wherever the tokenizer puts one at the start of a text),
-    `window` (at the start of every window, as Gemma needs) or `none`.
+    documents and line ends around one are left out, unless they are taken `as_is`, as GPTQ's evaluation does: so they
+    are from the hub and from files of the test split, not from a pool of documents or a package. `bos` says where a
+    begin-of-sequence token stands: `text` (wherever the tokenizer puts one at the start of a text), `window` (at the
+    start of every window, as Gemma needs) or `none`.
     """
 
     name: str

@@ -84,7 +84,10 @@ def _split_of(file: Path) -> str | None:
 
 
 def local_split(path: Path, split: str, where: str = "task", as_is: bool = False) -> list[str]:
-    """Files named after their split serve that split; where none is held out by name, all documents are pooled."""
+    """Files named after their split serve that split; where none is held out by name, all documents are pooled.
+
+    What is drawn from a pool is no running text, and never `as_is`: a row has one place among the splits.
+    """
     files = text_files(path, where)
     named = {split: [f for f in files if _split_of(f) == split] for split in SPLITS}
     if named["test"] or named["validation"]:
@@ -94,8 +97,7 @@ def local_split(path: Path, split: str, where: str = "task", as_is: bool = False
         elif split == "train" and not named["calibration"]:
             texts = _local_split_of_train(named["train"], "train")
     else:
-        pool = [text for file in files for text in read_documents(file, path.is_file(), as_is)]
-        texts = hashed_split(pool, split)
+        texts = hashed_split([t for file in files for t in read_documents(file, alone=path.is_file())], split)
     if not texts:
         raise Refused(
             f"{where}.path={path} holds no {split} text. Its files are {[f.name for f in files]}. Give more "
