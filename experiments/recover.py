@@ -1,7 +1,8 @@
 """Recover: what a better cut is still worth after tuning: perplexity after 0, 30k and 300k tokens of LRC-only tuning.
 
-Cost: laptop 9 runs and 17 that follow, about 205 seconds each for 30k tokens, half an hour for 300k, on one CPU core;
-paper 9 and 3, never measured.
+Cost: laptop 9 runs and 17 that follow, 5 hours on 2 CPU cores; paper at least 12 runs, never measured.
+
+On one core a run of 30k tokens took about 205 seconds, one of 300k tokens half an hour.
 
 Three cuts at the same keep: WeLore's own, its ranks with whitened factors, and K-FAC factors at Lagrange ranks, all
 calibrated on the text that they are tuned on. The learning rate of each is chosen on 30k tokens, and taken for 300k.

@@ -6,7 +6,7 @@ The paper says that LRCs learn better than N-LRCs, and shows it on a model that 
 only they can repair it. Here the same division, WeLore's at one err, is tuned after damage on either side and after
 none. The N-LRCs are cut to the keep of WeLore's cut. Equal parameters: every set but `all` trains as many as the
 factors of WeLore's LRCs hold, in whole weights chosen at random, and all the normalization weights; `all` is the
-ceiling. Tokens are equal. Grids are not widened: a table says where the best rate is the last of three.
+ceiling. Tokens are equal.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,7 @@ from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
 from experiments.tuned import lower, sure
-from experiments.tuning import SURELY, Study, studies
-from experiments.tuning import other_seeds as then  # noqa: F401, the cells that follow
+from experiments.tuning import SURELY, Study, studies, then  # noqa: F401, `then` are the cells that follow
 
 NEEDS = tuning.NEEDS
 ERR = 0.3
