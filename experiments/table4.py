@@ -1,6 +1,6 @@
 """Table 4: perplexity that training the LRCs alone recovers, by effective rank reduction.
 
-Cost: laptop 15 runs and at least 10 that follow, a guess of 40 minutes on 2 CPU cores; paper 45 runs, never measured.
+Cost: laptop 15 runs and 11 that followed, 5 of Figure 4, 41 minutes on 2 CPU cores; paper 45 runs, never measured.
 
 The paper trains each model once, at one learning rate, on 0.7M tokens.
 """
