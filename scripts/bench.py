@@ -1,7 +1,6 @@
 """Measure what this package claims about speed and memory, each figure beside its limit and in one run.
 
 usage: python scripts/bench.py [--model smollm2_135m] [--batch 4] [--length 256] [--out FILE.json] [overrides]
-       python scripts/bench.py --seven-b      the shapes of LLaMA-2-7B with random weights; needs a GPU
 
 Ratios are of medians of alternating measurements, so that a machine that slows down slows both sides. Results are
 printed and written as JSON with the device and the versions.
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from welore.bench import SEVEN_B, Steps, compressed, flops_limit, seconds
+from welore.bench import Steps, compressed, flops_limit, seconds
 from welore.cache import Cache
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import Config, compose, to_config
@@ -128,8 +127,8 @@ def loss_memory(vocabulary: int, tokens: int = 1024, hidden: int = 576) -> dict[
 def alone(arguments: argparse.Namespace, what: str) -> dict:
     """One measurement in a process of its own, so that nothing else is in its memory."""
     command = [sys.executable, __file__, "--only", what, f"--batch={arguments.batch}", f"--length={arguments.length}"]
-    flags = ["--seven-b"] if arguments.seven_b else [f"--model={arguments.model}"]
-    output = subprocess.run([*command, *flags, *arguments.overrides], check=True, stdout=subprocess.PIPE, text=True)
+    command += [f"--model={arguments.model}", *arguments.overrides]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(output.stdout.splitlines()[-1])
 
 
@@ -137,11 +136,9 @@ def measure(arguments: argparse.Namespace, config: Config, device: torch.device)
     results = spectra_against_svd(device)
     with tempfile.TemporaryDirectory() as folder:
         results |= compressed(config, device, Cache(Path(folder)))[1]
-    if not arguments.seven_b:
-        results |= sweep_against_svds(config, device)
+    results |= sweep_against_svds(config, device)
     apart = alone(arguments, "welore") | alone(arguments, "full")
-    # On a GPU two optimizers would not fit beside a model of 7B, and its clock is steady enough.
-    together = apart if arguments.seven_b else alone(arguments, "together")
+    together = alone(arguments, "together")
     speed = {name: together[name]["tokens_per_second"] for name in ("welore", "full")}
     ratio = speed["welore"] / speed["full"]
     results["LRC-only against full tuning, tokens/s"] = {
@@ -172,18 +169,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--seven-b", action="store_true", help="the shapes of LLaMA-2-7B, random, on a GPU")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"), help="where the figures go")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5")
     arguments = parser.parse_args()
-    if arguments.seven_b and not torch.cuda.is_available():
-        sys.exit("--seven-b needs a GPU, and torch sees none here. Without it the default model is measured.")
-    if arguments.seven_b:
-        arguments.batch, arguments.length = 1, 1024
-    config = to_config(
-        compose([*(SEVEN_B if arguments.seven_b else [f"model={arguments.model}"]), *arguments.overrides])
-    )
+    config = to_config(compose([f"model={arguments.model}", *arguments.overrides]))
     if config.needs:
         sys.exit("what calibration takes is in the record of every run; here give options that need none: svd=plain")
     device = config.trainer.place()

@@ -1,13 +1,15 @@
 """Measure prefill and decoding of a compressed model against the dense one, beside what FLOPs and bytes allow.
 
 usage: python scripts/bench_inference.py [--model smollm2_135m] [--err 0.3 0.5] [--batch 1 4] [--prompt 512]
-           [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--out FILE.json] [overrides]
+           [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--random] [--out FILE.json] [overrides]
        python scripts/bench_inference.py --rounds 0 --batch 1 --prompt 512 1024 2048 4096      memory alone
-       python scripts/bench_inference.py --seven-b      the shapes of LLaMA-2-7B with random weights; needs a GPU
+       python scripts/bench_inference.py --model llama2_7b --random --err 0.3 0.5 0.7          on a GPU
 
 Dense and compressed take turns on the same prompt, each as it is and fused (welore/fuse.py). A compressed model is
-slower than it need be where a ratio of speeds is below both the ratio of FLOPs and that of bytes. Peak memory is
-measured in a process for each model and length, as it is, at the largest batch.
+slower than it need be where a ratio of speeds is below both the ratio of FLOPs and that of bytes. On a GPU decoding is
+also measured as the replay of a captured graph. Peak memory is that of each model and length, as it is, at the largest
+batch, on a CPU in a process for each. With --random nothing is loaded or decomposed: random weights in the model's
+shapes, and a stand-in for ranks of each err.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from welore.bench import SEVEN_B, compressed
+from welore.bench import compressed, stand_in_model
 from welore.cache import Cache
 from welore.checkpoint import describe
 from welore.config import Config, compose, to_config
@@ -35,14 +37,18 @@ from welore.provenance import environment
 DENSE, SMALL = "dense", "compressed"
 
 
-def load(config: Config, device: torch.device, dtype: str, err: float | None) -> PreTrainedModel:
-    """The model of a config in a dtype, compressed where there is an err."""
-    if err is None:
+def load(config: Config, device: torch.device, arguments: argparse.Namespace, err: float | None) -> PreTrainedModel:
+    """The model of a config in the dtype asked for, compressed where there is an err."""
+    if arguments.random:
+        config = deepcopy(config)
+        config.err, config.model.dtype = err or 0.0, arguments.dtype
+        model = stand_in_model(config, device)
+    elif err is None:
         model, _ = config.model.load(Path(config.outputs) / ".cache")
     else:
         # The cache of all runs: nothing here measures the decomposition.
         model, _ = compressed(config, device, Cache(Path(config.outputs) / ".cache"))
-    return model.to(device, DTYPES[dtype]).eval().requires_grad_(False)
+    return model.to(device, DTYPES[arguments.dtype]).eval().requires_grad_(False)
 
 
 def prompt(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
@@ -50,21 +56,25 @@ def prompt(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, weight.shape[0], (batch, length), device=weight.device)
 
 
-def fused(model: PreTrainedModel, multiple: int) -> PreTrainedModel:
-    model = deepcopy(model)
-    fuse(model, multiple)
-    return model
+def with_fused(name: str, model: PreTrainedModel, multiples: list[int]) -> dict[str, PreTrainedModel]:
+    """A model as it is, and a fused copy for each multiple that its ranks are padded to."""
+    models = {name: model}
+    for multiple in multiples:
+        models[f"{name} fused" + (f" x{multiple}" if multiple > 1 else "")] = copy = deepcopy(model)
+        fuse(copy, multiple)
+    return models
 
 
 def speeds(arguments: argparse.Namespace, configs: dict[str, Config], device: torch.device) -> list[dict]:
-    dense = load(configs[DENSE], device, arguments.dtype, None)
-    models = {DENSE: dense, f"{DENSE} fused": fused(dense, arguments.multiple)}
+    dense = load(configs[DENSE], device, arguments, None)
+    base = with_fused(DENSE, dense, [1])
     rows = []
     for name, config in configs.items():
         if name == DENSE:
             continue
-        small = load(config, device, arguments.dtype, config.err)
-        models |= {SMALL: small, f"{SMALL} fused": fused(small, arguments.multiple)}
+        small = load(config, device, arguments, config.err)
+        models = base | with_fused(SMALL, small, arguments.multiple)
+        del small
         for batch in arguments.batch:
             for length in arguments.prompt:
                 rows.append({"err": config.err} | compare(models, batch, length, arguments))
@@ -85,6 +95,7 @@ def compare(models: dict[str, PreTrainedModel], batch: int, length: int, argumen
         "prefill FLOPs ratio": prefill_flops(dense, length) / prefill_flops(small, length),
         "decode ratio": {name: speed.decode / found[DENSE].decode for name, speed in found.items()},
         "decode FLOPs ratio": decode_flops(dense, context) / decode_flops(small, context),
+        "replayed ratio": {n: speed.replayed / found[DENSE].replayed for n, speed in found.items() if speed.replayed},
         "decode bytes ratio": decode_bytes(dense, batch, context) / decode_bytes(small, batch, context),
     }
 
@@ -97,46 +108,55 @@ def line(row: dict) -> str:
     ]
     for name, speed in row["tokens_per_second"].items():
         lines.append(
-            f"  {name:18} prefill {speed['prefill']:8.1f} tokens/s, ratio {row['prefill ratio'][name]:.3f}"
+            f"  {name:22} prefill {speed['prefill']:8.1f} tokens/s, ratio {row['prefill ratio'][name]:.3f}"
             f"   decode {speed['decode']:7.1f} tokens/s, ratio {row['decode ratio'][name]:.3f}"
         )
+        if speed["replayed"]:
+            lines[-1] += f"   replayed {speed['replayed']:7.1f} tokens/s, ratio {row['replayed ratio'][name]:.3f}"
     return "\n".join(lines)
 
 
 def memory(arguments: argparse.Namespace, device: torch.device) -> dict[str, float | None]:
-    """Peak of one prefill and a few decoding steps of the model in a folder, after a prompt of one length.
+    """`footprint` of the model in a folder at one length; what the process held before the model was there is said.
 
-    All is included; what a process on a CPU held before the model was there is said too. The model is one that was
-    saved, as users have it: a process that has compressed one keeps what that took, and one that has read another
-    prompt the kernels for it.
+    The model is one that was saved, as users have it: a process on a CPU that has compressed one keeps what that took,
+    and one that has read another prompt the kernels for it.
     """
     with peak_memory(device) as before:
         held = before.gib
     folder, length = arguments.only
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype]).to(device).eval()
-    batch, length = max(arguments.batch), int(length)
+    return footprint(model, max(arguments.batch), int(length)) | {"before the model GiB": held}
+
+
+def footprint(model: PreTrainedModel, batch: int, length: int) -> dict[str, float | None]:
+    """Peak of one prefill and a few decoding steps after a prompt of one length, and what must be there of it."""
     ids_BL = prompt(model, batch, length)
-    with peak_memory(device) as peak:
+    with peak_memory(ids_BL.device) as peak:
         generate(model, ids_BL, 4)
         return {
             "batch": batch,
             "prompt": length,
             "peak GiB": peak.gib,
             "reserved GiB": peak.reserved_gib,
-            "before the model GiB": held,
             "weights GiB": count_bytes(model) / GIB,
             "KV cache GiB": cache_bytes(model.config, batch, length + 3, model.dtype.itemsize) / GIB,
         }
 
 
-def alone(arguments: argparse.Namespace, config: Config, device: torch.device, err: float | None) -> list[dict]:
-    """`memory` of one model by length, each in a process of its own."""
+def by_length(arguments: argparse.Namespace, config: Config, device: torch.device, err: float | None) -> list[dict]:
+    """`footprint` of one model by length. A GPU counts what is allocated; on a CPU each is a process of its own."""
+    model = load(config, device, arguments, err)
+    if device.type == "cuda":
+        found = []
+        for length in sorted(arguments.prompt):
+            give_back(device)
+            found.append(footprint(model, max(arguments.batch), length))
+        return found
     with tempfile.TemporaryDirectory() as folder:
-        model = load(config, device, arguments.dtype, err)
         describe(model, Path(folder))
         model.save_pretrained(folder)
         del model
-        give_back(device)  # a GPU has no room for it twice
         commands = [
             [sys.executable, __file__, "--only", folder, str(length), *sys.argv[1:]]
             for length in sorted(arguments.prompt)
@@ -151,27 +171,25 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--err", type=float, nargs="+", default=[0.3, 0.5], help="shares of ranks removed")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="sequences at once")
     parser.add_argument("--prompt", type=int, nargs="+", default=[512], help="tokens of the prompt")
-    parser.add_argument("--decode", type=int, default=32, help="tokens written after it, 3 or more")
+    parser.add_argument("--decode", type=int, default=32, help="tokens written after it, 4 or more")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and products; by default that of the model")
-    parser.add_argument("--multiple", type=int, default=1, help="what ranks are padded to in fused models")
+    parser.add_argument(
+        "--multiple", type=int, nargs="+", default=[1], help="what ranks of fused models are padded to"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of each model on each shape, in turns; 0: no speed")
-    parser.add_argument("--seven-b", action="store_true", help="the shapes of LLaMA-2-7B, random, on a GPU")
+    parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_inference.json"), help="where the figures go")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as svd=plain (after a --)")
     arguments = parser.parse_args()
-    if arguments.decode < 3 or arguments.rounds < 0 or min(*arguments.batch, *arguments.prompt, 1) < 1:
-        sys.exit("write --decode 3 or more (two steps warm up), --batch and --prompt 1 or more, --rounds 0 or more")
-    if arguments.seven_b and not torch.cuda.is_available():
-        sys.exit("--seven-b needs a GPU, and torch sees none here. Without it the default model is measured.")
+    if arguments.decode < 4 or arguments.rounds < 0 or min(*arguments.batch, *arguments.prompt, 1) < 1:
+        sys.exit("write --decode 4 or more (three steps warm up), --batch and --prompt 1 or more, --rounds 0 or more")
     return arguments
 
 
 def main() -> None:
     arguments = parsed()
-    first = [key for key in SEVEN_B if not key.startswith("err")]
-    first = first if arguments.seven_b else [f"model={arguments.model}"]
-    composed = to_config(compose([*first, *arguments.overrides]))
+    composed = to_config(compose([f"model={arguments.model}", *arguments.overrides]))
     if composed.needs:
         sys.exit("decomposing here takes no calibration: give options that need none, such as svd=plain")
     arguments.dtype = arguments.dtype or composed.model.dtype
@@ -185,7 +203,7 @@ def main() -> None:
         return
     rows = speeds(arguments, configs, device) if arguments.rounds else []
     peaks = {
-        name: alone(arguments, config, device, None if name == DENSE else config.err)
+        name: by_length(arguments, config, device, None if name == DENSE else config.err)
         for name, config in configs.items()
     }
     for name, lengths in peaks.items():

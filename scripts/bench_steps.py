@@ -1,10 +1,13 @@
 """Measure the forward pass, backward pass and optimizer of a step of two modes, by the tokens of the step.
 
 usage: python scripts/bench_steps.py [--model smollm2_135m] [--tokens 64 256 1024 2048] [--length 256] [--rounds 3]
-           [--out FILE.json] [overrides]
+           [--random [--multiple 8]] [--out FILE.json] [overrides]
+       python scripts/bench_steps.py --model llama2_7b --random --tokens 1024 4096 8192 --length 1024 -- err=0.5
 
-WeLore against full tuning of the same compressed model, in turns. The optimizer is measured twice: fused AdamW, as we
-run it, and a loop over the parameters (foreach=False, fused=False).
+WeLore against full tuning of the same compressed model: in turns on a CPU, whose clock changes; after each other on a
+GPU, which has no room for two optimizers, with the peak of each beside its prediction. The optimizer is measured
+twice: fused AdamW, as we run it, and a loop over the parameters (foreach=False, fused=False). `launched` is a whole
+step by a clock that does not wait for the device. With --random nothing is loaded or decomposed.
 """
 
 import argparse
@@ -15,49 +18,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from welore.bench import Steps, compressed, flops_limit, seconds
+from welore.bench import IMPLEMENTATIONS, Steps, compressed, flops_limit, stand_in_model
 from welore.cache import Cache
 from welore.config import compose, to_config
-from welore.evaluate import autocast, frozen_weights_in
+from welore.measure import GIB, give_back, peak_memory
+from welore.memory import Step, predict
+from welore.models import count_parameters
 from welore.modes import Mode
 from welore.provenance import environment
 
-MODES = ("welore", "full")
-OPTIMIZERS = {"fused": {"fused": True}, "loop": {"foreach": False, "fused": False}}
-
-
-class Phases(Steps):
-    """Steps whose parts are measured apart."""
-
-    def __init__(self, model: nn.Module, mode: Mode, dtype: str | None, batch: int, length: int):
-        super().__init__(model, mode, dtype, batch, length)
-        options = dict(lr=1e-8, betas=tuple(mode.betas), eps=mode.eps, weight_decay=0.0)
-        self.optimizers = {
-            name: torch.optim.AdamW(self.parameters, **options, **how) for name, how in OPTIMIZERS.items()
-        }
-
-    def turn(self, count: int) -> list[dict[str, float]]:
-        self.model.requires_grad_(False)
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        with frozen_weights_in(self.model, self.dtype):
-            return [self._phases() for _ in range(count + 1)][1:]
-
-    def _phases(self) -> dict[str, float]:
-        device = self.ids_BL.device
-        found = {"forward": seconds(self._forward, device), "backward": seconds(self._backward, device)}
-        found |= {name: seconds(optimizer.step, device) for name, optimizer in self.optimizers.items()}
-        self.model.zero_grad()
-        return found
-
-    def _forward(self) -> None:
-        with autocast(self.ids_BL.device, self.dtype):
-            total, scored = self.loss(self.ids_BL, self.ids_BL)
-        self.mean = total / scored
-
-    def _backward(self) -> None:
-        self.mean.backward()
-        self.mean = None
+OURS, FULL = MODES = ("welore", "full")
+Parts = dict[str, float]
 
 
 def main() -> None:
@@ -65,52 +36,105 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 2048], help="of a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, at most")
-    parser.add_argument("--rounds", type=int, default=3, help="of two steps of each mode, in turns")
+    parser.add_argument("--rounds", type=int, default=3, help="of two steps of each mode")
+    parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
+    parser.add_argument("--multiple", type=int, default=1, help="of which ranks are, with --random")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_steps.json"), help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5")
     arguments = parser.parse_args()
     config = to_config(compose([f"model={arguments.model}", *arguments.overrides]))
     device = config.trainer.place()
-    model, _ = compressed(config, device, Cache(Path(config.outputs) / ".cache"))
+    if arguments.random:
+        model = stand_in_model(config, device, arguments.multiple)
+    else:
+        model, _ = compressed(config, device, Cache(Path(config.outputs) / ".cache"))
     model.train()
     modes = {name: to_config(compose([f"mode={name}"])).mode for name in MODES}
-    rows = [measure(model, modes, config.model.autocast, tokens, arguments) for tokens in arguments.tokens]
+    rows = []
+    for tokens in arguments.tokens:
+        length = min(tokens, arguments.length)
+        step = Step(tokens // length, length, config.model.autocast)
+        rows.append(measure(model, modes, step, arguments.rounds))
+        print("\n".join(lines(rows[-1])), flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    found = {"rows": rows, "model": config.model.name, "asked": config.asked} | environment(device)
+    how = {key: getattr(arguments, key) for key in ("rounds", "random", "multiple")}
+    how |= {"parameters": count_parameters(model)}
+    found = {"rows": rows, "model": config.model.name, "asked": config.asked} | how | environment(device)
     arguments.out.write_text(json.dumps(found, indent=2))
     print(f"written to {arguments.out}")
 
 
-def with_optimizer(limit: float, parts: dict[str, dict[str, float]], name: str) -> float:
+def measure(model: nn.Module, modes: dict[str, Mode], step: Step, rounds: int) -> dict:
+    """The medians of every part for each mode, and how much faster WeLore's whole step is with each optimizer."""
+    row: dict = {"tokens": step.tokens, "length": step.length}
+    if next(model.parameters()).is_cuda:
+        taken, row["GiB"] = after_each_other(model, modes, step, rounds)
+    else:
+        taken = in_turns(model, modes, step, rounds)
+    row["seconds"] = {n: {p: statistics.median(f[p] for f in found) for p in found[0]} for n, found in taken.items()}
+    return row | ({"ratios": ratios(model, step, row["seconds"])} if len(taken) == len(modes) else {})
+
+
+def in_turns(model: nn.Module, modes: dict[str, Mode], step: Step, rounds: int) -> dict[str, list[Parts]]:
+    steps = {name: Steps(model, mode, step.autocast, step.batch, step.length) for name, mode in modes.items()}
+    taken: dict[str, list[Parts]] = {name: [] for name in modes}
+    for _ in range(rounds):
+        for name, turns in steps.items():
+            taken[name] += turns.phases(2)
+    return taken
+
+
+def after_each_other(
+    model: nn.Module, modes: dict[str, Mode], step: Step, rounds: int
+) -> tuple[dict[str, list[Parts]], dict[str, dict[str, float]]]:
+    """Each mode that fits the device, and what it took of its memory beside what was predicted."""
+    device, taken, memory = next(model.parameters()).device, {}, {}
+    for name, mode in modes.items():
+        give_back(device)
+        try:
+            with peak_memory(device) as peak:
+                steps = Steps(model, mode, step.autocast, step.batch, step.length)
+                taken[name] = steps.phases(2 * rounds)
+                memory[name] = {"measured": peak.gib, "reserved": peak.reserved_gib}
+            predicted = predict(model, mode, steps.parameters, step).peak / GIB
+            memory[name] |= {"predicted": predicted, "trained": sum(p.numel() for p in steps.parameters)}
+        except torch.cuda.OutOfMemoryError:
+            memory[name] = {"out of memory": True}
+        steps = None
+    return taken, memory
+
+
+def ratios(model: nn.Module, step: Step, parts: dict[str, Parts]) -> dict[str, float]:
+    """Of WeLore's tokens per second to those of full tuning, and the limits of it."""
+    found = {}
+    passes = {mode: part["forward"] + part["backward"] for mode, part in parts.items()}
+    for name in IMPLEMENTATIONS:
+        whole = {mode: passes[mode] + part[name] for mode, part in parts.items()}
+        found[name] = whole[FULL] / whole[OURS]
+    limits = flops_limit(model, step.length)
+    found |= {"no optimizer": passes[FULL] / passes[OURS], **limits}
+    found |= {f"limit, {name}": with_optimizer(limits["limit"], parts, name) for name in IMPLEMENTATIONS}
+    return found | {"launched": parts[FULL]["launched"] / parts[OURS]["launched"]}
+
+
+def with_optimizer(limit: float, parts: dict[str, Parts], name: str) -> float:
     """The ratio of whole steps that FLOPs and the optimizer allow: as if full tuning's passes took `limit` times
     WeLore's, and each optimizer what it was measured to take, which its bytes decide."""
-    ours = parts["welore"]["forward"] + parts["welore"]["backward"]
-    return (limit * ours + parts["full"][name]) / (ours + parts["welore"][name])
+    ours = parts[OURS]["forward"] + parts[OURS]["backward"]
+    return (limit * ours + parts[FULL][name]) / (ours + parts[OURS][name])
 
 
-def measure(model: nn.Module, modes: dict[str, Mode], dtype: str | None, tokens: int, arguments) -> dict:
-    """The medians of every part for each mode, and how much faster WeLore's whole step is with each optimizer."""
-    length = min(tokens, arguments.length)
-    steps = {name: Phases(model, mode, dtype, tokens // length, length) for name, mode in modes.items()}
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in modes}
-    for _ in range(arguments.rounds):
-        for name, step in steps.items():
-            taken[name] += step.turn(2)
-    parts = {n: {part: statistics.median(f[part] for f in found) for part in found[0]} for n, found in taken.items()}
-    ratios = {}
-    for name in OPTIMIZERS:
-        whole = {mode: part["forward"] + part["backward"] + part[name] for mode, part in parts.items()}
-        ratios[name] = whole["full"] / whole["welore"]
-    passes = {mode: part["forward"] + part["backward"] for mode, part in parts.items()}
-    limits = flops_limit(model, length)
-    ratios |= {"no optimizer": passes["full"] / passes["welore"], **limits}
-    ratios |= {f"limit, {name}": with_optimizer(limits["limit"], parts, name) for name in OPTIMIZERS}
-    for mode, part in parts.items():
-        print(
-            f"{tokens:6} tokens  {mode:7}" + "   ".join(f"{key} {1000 * value:8.1f} ms" for key, value in part.items())
-        )
-    print(f"{'':14} welore / full, tokens/s: " + "   ".join(f"{key} {value:.3f}" for key, value in ratios.items()))
-    return {"tokens": tokens, "seconds": parts, "ratios": ratios}
+def lines(row: dict) -> list[str]:
+    found = []
+    for mode, part in row["seconds"].items():
+        times = "   ".join(f"{key} {1000 * value:8.1f} ms" for key, value in part.items())
+        found.append(f"{row['tokens']:6} tokens  {mode:7}{times}")
+    for mode, part in row.get("GiB", {}).items():
+        found.append(f"{'':14}{mode}, GiB: " + "   ".join(f"{key} {value:.4g}" for key, value in part.items()))
+    if "ratios" in row:
+        known = "   ".join(f"{key} {value:.3f}" for key, value in row["ratios"].items())
+        found.append(f"{'':14}welore / full, tokens/s: {known}")
+    return found
 
 
 if __name__ == "__main__":

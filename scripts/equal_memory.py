@@ -1,11 +1,14 @@
-"""Measure tokens per second at an equal memory budget: each mode at the largest batch that is predicted to fit.
+"""Measure tokens per second at an equal memory budget: each mode at the largest batch that fits.
 
 usage: python scripts/equal_memory.py [--gib 2 3] [--modes welore full lora galore] [--length 256] [--most 8]
-           [--predict] [--out FILE.json] [overrides]
+           [--predict] [--random [--multiple 8]] [--out FILE.json] [overrides]
+       python scripts/equal_memory.py --random --gib 24 48 80 --length 1024 -- model=llama2_7b err=0.5      on a GPU
 
-Every mode runs with and without recomputation, each in a process of its own; the faster of the two is marked, unless
---most cut a batch. On a GPU a process gets no more than the budget, and one that needs more fails. A CPU enforces
-nothing: read the measured peak, which is that of the process without what it holds beside the weights before training.
+Every mode runs with and without recomputation; the faster of the two is marked, unless --most cut a batch. On a GPU a
+process gets no more than the budget: it begins with the batch that is predicted to fit, and where that runs out of
+memory with an eighth less, until one fits. A CPU enforces nothing, and gets a process for each: read the measured
+peak, which is that of the process without what it holds beside the weights before training. With --random nothing is
+loaded or decomposed: random weights in the model's shapes.
 """
 
 import argparse
@@ -14,16 +17,17 @@ import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from welore.bench import compressed, measured
+from welore.bench import compressed, measured, stand_in_model
 from welore.cache import Cache
-from welore.config import compose, to_config
-from welore.measure import GIB
+from welore.config import Config, compose, to_config
+from welore.measure import GIB, give_back
 from welore.memory import Step, largest_batch
 from welore.modes import select
 from welore.provenance import environment
@@ -34,38 +38,56 @@ def without_storage(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()})
 
 
-def one(arguments: argparse.Namespace) -> dict:
-    """One mode in one budget: its largest batch, and two steps of it."""
-    mode, gib, recompute = arguments.only.split(",")
+def one(arguments: argparse.Namespace, mode: str, gib: float, recompute: bool) -> dict:
+    """One mode in one budget: its largest batch, and two steps of it, of which the second counts."""
     config = to_config(compose([*arguments.overrides, f"mode={mode}"]))
     device = config.trainer.place()
-    if device.type == "cuda":
-        share = float(gib) * GIB / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    step = Step(1, arguments.length, config.model.autocast, recompute == "True")
-    model, _ = compressed(config, device, Cache(Path(config.outputs) / ".cache"))
-    bare = without_storage(model)
-    largest = largest_batch(bare, config.mode, select(bare, config.mode), step, float(gib))
+    if arguments.random:
+        bare = stand_in_model(config, torch.device("meta"), arguments.multiple)
+    else:
+        bare = without_storage(subject(arguments, config, device))
+    step = Step(1, arguments.length, config.model.autocast, recompute)
+    largest = largest_batch(bare, config.mode, select(bare, config.mode), step, gib)
     if largest == 0 or arguments.predict:
         return {"largest batch": largest}
+    if device.type == "cuda":
+        share = gib * GIB / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     batch = min(largest, arguments.most or largest)
+    while batch > 0:
+        found = tried(arguments, config, device, replace(step, batch=batch))
+        if found is not None:
+            return {"largest batch": largest, "batch": batch} | found
+        batch = batch * 7 // 8
+    return {"largest batch": largest, "out of memory": True}
+
+
+def subject(arguments: argparse.Namespace, config: Config, device: torch.device) -> PreTrainedModel:
+    if arguments.random:
+        return stand_in_model(config, device, arguments.multiple)
+    return compressed(config, device, Cache(Path(config.outputs) / ".cache"))[0]
+
+
+def tried(arguments: argparse.Namespace, config: Config, device: torch.device, step: Step) -> dict | None:
+    """What was measured of a step; None where it ran out of memory."""
+    give_back(device)  # on a GPU what ran before
     try:
-        _, found = measured(model, config, replace(step, batch=batch), steps=1)
+        return measured(subject(arguments, config, device), config, step, steps=1)[1]
     except torch.cuda.OutOfMemoryError:
-        return {"largest batch": largest, "batch": batch, "out of memory": True}
-    return {"largest batch": largest, "batch": batch} | found
+        return None
 
 
-def alone(arguments: list[str], what: str) -> dict:
-    command = [sys.executable, __file__, f"--only={what}", *arguments]
+def alone(mode: str, gib: float, recompute: bool) -> dict:
+    """`one` in a process of its own."""
+    command = [sys.executable, __file__, f"--only={mode},{gib},{recompute}", *sys.argv[1:]]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(output.stdout.splitlines()[-1])
 
 
-def best_of(pair: list[dict]) -> dict | None:
-    """The faster one; None where one was measured at fewer sequences than fit, which says nothing of the budget."""
+def best_of(pair: list[dict], most: int) -> dict | None:
+    """The faster one; None where --most cut one short of what fits, which says nothing of the budget."""
     done = [row for row in pair if "tokens_per_second" in row]
-    if any(row["batch"] < row["largest batch"] for row in done):
+    if any(row["batch"] == most < row["largest batch"] for row in done):
         return None
     return max(done, key=lambda row: row["tokens_per_second"], default=None)
 
@@ -79,28 +101,34 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--most", type=int, default=0, help="sequences that are measured at most; 0: as many as fit")
     parser.add_argument("--predict", action="store_true", help="find the batches and measure nothing")
+    parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
+    parser.add_argument("--multiple", type=int, default=1, help="of which ranks are, with --random")
     parser.add_argument("--out", type=Path, default=Path("outputs/equal_memory.json"), help="where the figures go")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5 (after a --)")
     arguments = parser.parse_args()
     if arguments.only:
-        print(json.dumps(one(arguments)))
+        mode, gib, recompute = arguments.only.split(",")
+        print(json.dumps(one(arguments, mode, float(gib), recompute == "True")))
         return
+    device = to_config(compose(arguments.overrides)).trainer.place()
+    run = partial(one, arguments) if device.type == "cuda" else alone
     rows = []
     for gib in arguments.gib:
         for mode in arguments.modes:
-            pair = [
-                {"gib": gib, "mode": mode, "recompute": on} | alone(sys.argv[1:], f"{mode},{gib},{on}")
-                for on in (False, True)
-            ]
-            best = best_of(pair)
+            pair = [{"gib": gib, "mode": mode, "recompute": on} | run(mode, gib, on) for on in (False, True)]
+            best = best_of(pair, arguments.most)
             for row in pair:
                 row["best"] = row is best
                 print(line(row), flush=True)
             rows += pair
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    device = to_config(compose(arguments.overrides)).trainer.place()
-    shape = {"length": arguments.length, "overrides": arguments.overrides}
+    shape = {
+        "length": arguments.length,
+        "random": arguments.random,
+        "multiple": arguments.multiple,
+        "overrides": arguments.overrides,
+    }
     arguments.out.write_text(json.dumps({"rows": rows, "shape": shape} | environment(device), indent=2))
     print(f"written to {arguments.out}")
 

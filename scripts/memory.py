@@ -5,7 +5,7 @@ usage: python scripts/memory.py model=llama2_7b err=0.5 mode=welore [--batch 1] 
        python scripts/memory.py err=0.3 mode=welore --batch 4 --length 256 --measure     beside two real steps
 
 Without --measure nothing is loaded: the model is built without storage. Its ranks are those of
---ranks; without it a stand-in of the right err, in which every LRC keeps a quarter of its ranks, spread evenly.
+--ranks; without it a stand-in of the right err, which has the parameters of the paper's Table 7 for LLaMA-2-7B.
 """
 
 import argparse
@@ -20,21 +20,10 @@ from welore.errors import Refused
 from welore.explain import explain
 from welore.measure import GIB
 from welore.memory import Footprint, Step, largest_batch, predict
-from welore.models import Random, count_parameters
+from welore.models import count_parameters
 from welore.modes import select
 from welore.ranks import read_ranks
-from welore.shapes import SHAPES, factor, on_meta, stand_in
-
-
-def sizes_of(config: Config) -> dict:
-    if isinstance(config.model, Random):
-        return config.model.config
-    if config.model.name not in SHAPES:
-        raise Refused(
-            f"model={config.model.name} has no sizes in welore/shapes.py, which holds {', '.join(SHAPES)}. Write "
-            f"model=tiny with model.config.hidden_size and the like."
-        )
-    return SHAPES[config.model.name]
+from welore.shapes import factor, on_meta, sizes_of, stand_in
 
 
 def table(footprint: Footprint) -> str:
@@ -88,7 +77,7 @@ def show(arguments: argparse.Namespace) -> None:
         return
     if config.err is None and arguments.ranks is None:
         raise Refused(f"{config.asked} needs spectra, and nothing is loaded here. Write err=0.5 or --ranks FILE.")
-    model = on_meta(sizes_of(config), config.model.dtype)
+    model = on_meta(sizes_of(config.model), config.model.dtype)
     ranks = read_ranks(arguments.ranks) if arguments.ranks else stand_in(model, config.err)
     factor(model, ranks)
     count = count_parameters(model)

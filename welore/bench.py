@@ -1,16 +1,19 @@
-"""What benchmarks measure: a compressed model, steps of a mode on it, and what its FLOPs allow."""
+"""What benchmarks measure: a compressed model, steps of a mode on it, and what FLOPs and bytes allow."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from welore.cache import Cache
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import Config
+from welore.errors import Refused
 from welore.evaluate import autocast, causal_loss, frozen_weights_in
 from welore.fit import recomputed
 from welore.inference import head_size
@@ -19,19 +22,10 @@ from welore.measure import GIB, give_back, peak_memory, synchronize
 from welore.memory import Footprint, Step, predict
 from welore.models import components, count_bytes
 from welore.modes import Mode, select
+from welore.shapes import drawn, factor, sizes_of, stand_in
 
-SEVEN_B = [
-    "model=tiny",
-    "model.name=llama2_7b_shapes",
-    "model.dtype=bfloat16",
-    "model.config.vocab_size=32000",
-    "model.config.hidden_size=4096",
-    "model.config.intermediate_size=11008",
-    "model.config.num_hidden_layers=32",
-    "model.config.num_attention_heads=32",
-    "model.config.num_key_value_heads=32",
-    "err=0.5",
-]
+# Of AdamW: fused, as we run it, and a loop over the parameters, as it was before.
+IMPLEMENTATIONS = {"fused": {"foreach": None, "fused": True}, "loop": {"foreach": False, "fused": False}}
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -51,8 +45,8 @@ def compressed(config: Config, device: torch.device, cache: Cache) -> tuple[nn.M
     with peak_memory(device) as before:
         held = before.gib
     with peak_memory(device) as peak:
-        spectra_seconds = seconds(lambda: read_spectra(model, coordinates), device)
-        spectra = read_spectra(model, coordinates)
+        spectra = {}
+        spectra_seconds = seconds(lambda: spectra.update(read_spectra(model, coordinates)), device)
         plan = config.ranks.plan(spectra, config.budget)
         factor_seconds = seconds(lambda: factorize(model, plan, coordinates), device)
         extra = peak.gib - held
@@ -66,6 +60,16 @@ def compressed(config: Config, device: torch.device, cache: Cache) -> tuple[nn.M
         },
     }
     return model, found | {"plan": {"err": plan.err, "keep": plan.keep}}
+
+
+def stand_in_model(config: Config, device: torch.device, multiple: int = 1) -> PreTrainedModel:
+    """Random weights in the shapes of a config's model, cut to a stand-in for ranks of its err: nothing is loaded."""
+    if config.err is None:
+        raise Refused(f"{config.asked} needs spectra, and random weights have none of use. Write err=0.5.")
+    model = drawn(sizes_of(config.model), config.model.dtype, device)
+    if config.err:
+        factor(model, stand_in(model, config.err, multiple))
+    return model
 
 
 class Steps:
@@ -83,22 +87,62 @@ class Steps:
 
     def turn(self, count: int) -> list[float]:
         """The seconds of `count` steps after one that does not count."""
+        with self._attached():
+            return [seconds(self._step, self.ids_BL.device) for _ in range(count + 1)][1:]
+
+    def phases(self, count: int) -> list[dict[str, float]]:
+        """The seconds of the parts of `count` steps after one that does not count, each with a wait for the device.
+
+        The optimizer steps once in every way of `IMPLEMENTATIONS`, from one gradient and with one set of moments.
+        `launched` is what a whole step took before the device was waited for.
+        """
+        with self._attached():
+            return [self._phases() for _ in range(count + 1)][1:]
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        """This mode's parameters train, in the place of those of the mode before it."""
         self.model.requires_grad_(False)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         self.optimizer.attach()
         try:
             with frozen_weights_in(self.model, self.dtype):
-                return [seconds(self._step, self.ids_BL.device) for _ in range(count + 1)][1:]
+                yield
         finally:
             self.optimizer.release()
 
     def _step(self) -> None:
-        with autocast(self.ids_BL.device, self.dtype):
-            total, scored = self.loss(self.ids_BL, self.ids_BL)
-        (total / scored).backward()
+        self._backward(self._forward())
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _forward(self) -> Tensor:
+        with autocast(self.ids_BL.device, self.dtype):
+            total, scored = self.loss(self.ids_BL, self.ids_BL)
+        return total / scored
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _phases(self) -> dict[str, float]:
+        device, found, losses = self.ids_BL.device, {}, []
+        found["forward"] = seconds(lambda: losses.append(self._forward()), device)
+        found["backward"] = seconds(lambda: self._backward(losses.pop()), device)
+        for name in IMPLEMENTATIONS:
+            self._step_as(name)
+            found[name] = seconds(self.optimizer.step, device)
+        self._step_as("fused")
+        self.optimizer.zero_grad()
+        start = time.perf_counter()
+        self._step()
+        found["launched"] = time.perf_counter() - start
+        synchronize(device)
+        return found
+
+    def _step_as(self, name: str) -> None:
+        for group in self.optimizer.param_groups:
+            group.update(IMPLEMENTATIONS[name])
 
 
 def flops_limit(model: nn.Module, length: int) -> dict[str, float]:
@@ -136,5 +180,5 @@ def measured(model: PreTrainedModel, config: Config, step: Step, steps: int = 2)
     return footprint, {
         "measured GiB": found,
         "predicted GiB": footprint.peak / GIB,
-        "tokens_per_second": step.tokens / min(taken),
+        "tokens_per_second": step.tokens / median(taken),
     }

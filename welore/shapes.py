@@ -1,4 +1,4 @@
-"""Models without weights: the shapes of a config on the meta device, with factors in the place of what a plan cuts."""
+"""Models of which nothing but shapes is known: without storage, or with random weights where time and memory count."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from welore.errors import Refused
 from welore.lowrank import LowRankLinear, replace
-from welore.models import DTYPES, components
+from welore.models import DTYPES, Model, Random, components
 
 _LLAMA2 = dict(model_type="llama", vocab_size=32000, max_position_embeddings=4096, rms_norm_eps=1e-5)
 # Of models behind a hub name, so that their sizes can be computed without a network. No weights are tied.
@@ -21,17 +21,35 @@ SHAPES = {
     "smollm2_135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536)
     | dict(num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
 }
-LEFT = 0.25  # of the ranks of an LRC in a stand-in for a plan
+# What an LRC of a stand-in keeps of its ranks, by err: LLaMA-2-7B then has the parameters of the paper's Table 7.
+LEFT = {0.3: 0.469, 0.5: 0.3583, 0.7: 0.2509}
+
+
+def sizes_of(model: Model) -> dict:
+    """The sizes of a model option, which are known without its weights."""
+    if isinstance(model, Random):
+        return model.config
+    if model.name not in SHAPES:
+        raise Refused(
+            f"model={model.name} has no sizes in welore/shapes.py, which holds {', '.join(SHAPES)}. Write "
+            f"model=tiny with model.config.hidden_size and the like."
+        )
+    return SHAPES[model.name]
 
 
 def on_meta(sizes: dict, dtype: str) -> PreTrainedModel:
     """A causal LM with these sizes (`model_type` and what its config takes), without storage."""
-    with torch.device("meta"):
+    return drawn(sizes, dtype, torch.device("meta"))
+
+
+def drawn(sizes: dict, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The same with the random weights of a model that nobody has trained."""
+    with device:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=DTYPES[dtype]).eval()
 
 
 def factor(model: PreTrainedModel, ranks: dict[str, int | None]) -> None:
-    """Put two factors without storage in the place of every weight that has a rank."""
+    """Put two factors of no meaning in the place of every weight that has a rank, where the weight is."""
     weights = components(model)
     if ranks.keys() != weights.keys():
         odd = sorted(ranks.keys() ^ weights.keys())[0]
@@ -40,21 +58,31 @@ def factor(model: PreTrainedModel, ranks: dict[str, int | None]) -> None:
         if rank is not None:
             linear: nn.Linear = weights[name]
             sizes = linear.in_features, linear.out_features, rank, linear.bias is not None
-            replace(model, name, LowRankLinear(*sizes, device="meta", dtype=linear.weight.dtype))
+            replace(model, name, LowRankLinear(*sizes, device=linear.weight.device, dtype=linear.weight.dtype))
 
 
-def stand_in(model: PreTrainedModel, err: float) -> dict[str, int | None]:
-    """Ranks of the right err for a model whose spectra nobody has read: LRCs keep a quarter of theirs.
+def stand_in(model: PreTrainedModel, err: float, multiple: int = 1) -> dict[str, int | None]:
+    """Ranks of the right err for a model whose spectra nobody has read: every LRC keeps the same share of its ranks.
 
-    LRCs are spread evenly over the layers of every component. Real plans differ: their LRCs keep the less the higher
-    err is, so that a real model is larger than this at small err and smaller at large err.
+    They are the nearest multiples of `multiple`. LRCs are spread evenly over the layers of every component. In a real
+    plan their ranks differ, and attention is cut more than the MLP, so that of as many parameters fewer are in LRCs.
     """
-    left = min(LEFT, 1 - err)
+    left = min(_left(err), 1 - err)
     ranks, owed = {}, {}
     for name, linear in components(model).items():
         component = name.rpartition(".")[2]
         owed[component] = owed.get(component, 0.0) + err / (1 - left)
         cut = owed[component] >= 0.5
         owed[component] -= cut
-        ranks[name] = max(1, int(left * min(linear.out_features, linear.in_features))) if cut else None
+        rank = multiple * max(1, round(left * min(linear.out_features, linear.in_features) / multiple))
+        ranks[name] = rank if cut else None
     return ranks
+
+
+def _left(err: float) -> float:
+    """Between the values of `LEFT` on a line, beyond them the nearest."""
+    known = sorted(LEFT)
+    err = min(max(err, known[0]), known[-1])
+    low = max(key for key in known[:-1] if key <= err)
+    high = known[known.index(low) + 1]
+    return LEFT[low] + (LEFT[high] - LEFT[low]) * (err - low) / (high - low)

@@ -1,0 +1,88 @@
+"""What only a GPU can show: run `pytest tests/test_gpu.py` where there is one."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from welore.bench import measured, stand_in_model
+from welore.config import compose, to_config
+from welore.inference import generate, generate_replayed
+from welore.measure import give_back
+from welore.memory import Step, predict
+from welore.models import count_bytes
+from welore.modes import select
+from welore.optim import state_bytes
+from welore.svd import singular_values
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+# A model of 0.5 B parameters, of which a prediction is not about megabytes.
+SIZES = ["hidden_size=2048", "intermediate_size=5504", "num_hidden_layers=10", "num_attention_heads=16"]
+SIZES += ["num_key_value_heads=16", "vocab_size=32000"]
+MIDDLE = [
+    "model=tiny",
+    "model.name=middle",
+    "model.dtype=bfloat16",
+    *(f"model.config.{size}" for size in SIZES),
+    "err=0.5",
+]
+
+
+def middle(*overrides):
+    config = to_config(compose([*MIDDLE, *overrides]))
+    return stand_in_model(config, GPU, 8), config
+
+
+@pytest.mark.parametrize("shape", [(300, 700), (700, 300)])
+def test_spectra_of_a_gpu_are_those_of_float64_on_a_cpu(shape):
+    W = torch.randn(shape) * torch.logspace(0, -3, shape[1])
+    exact = torch.linalg.svdvals(W.double())
+    assert torch.allclose(singular_values(W.to(GPU)).cpu().double(), exact, atol=1e-6 * float(exact[0]), rtol=0)
+
+
+def test_a_replayed_graph_writes_the_tokens_of_the_model():
+    model, _ = middle()
+    model.requires_grad_(False)
+    ids_BL = torch.randint(0, 32000, (2, 64), device=GPU)
+    tokens, _ = generate(model.float(), ids_BL, 12)
+    replayed, timing = generate_replayed(model, ids_BL, 12)
+    assert torch.equal(tokens, replayed) and len(timing.steps) == 9
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mode", ["welore", "full", "nlrc", "lora", "galore"])
+def test_the_memory_of_a_step_is_what_was_predicted_within_a_tenth(mode, recompute):
+    give_back(GPU)
+    model, config = middle(f"mode={mode}")
+    _, found = measured(model, config, Step(4, 512, config.model.autocast, recompute), steps=1)
+    assert found["predicted GiB"] == pytest.approx(found["measured GiB"], rel=0.1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("mode", ["welore_8bit", "full_8bit"])
+def test_states_in_eight_bits_take_what_was_predicted_and_resume_to_the_bit(mode):
+    model, config = middle(f"mode={mode}")
+    parameters = select(model, config.mode)
+    gradients = [torch.randn_like(p) for p in parameters]
+
+    def step(optimizer):
+        sum((p * gradient).sum() for p, gradient in zip(parameters, gradients, strict=True)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    optimizer = config.mode.optimizer(parameters)
+    step(optimizer)
+    footprint = predict(model, config.mode, parameters, Step(2, 64, None))
+    held = footprint.held["optimizer states"] + footprint.held["float32 masters"]
+    assert state_bytes(optimizer) == pytest.approx(held, rel=0.01) and held < count_bytes(model) * 4
+    saved = torch.utils._pytree.tree_map(
+        lambda x: x.clone() if isinstance(x, torch.Tensor) else x, optimizer.state_dict()
+    )
+    step(optimizer)
+    expected = [p.detach().clone() for p in parameters]
+    optimizer.release()
+    again = config.mode.optimizer(parameters)
+    again.load_state_dict(saved)
+    step(again)
+    assert all(torch.equal(p, e) for p, e in zip(parameters, expected, strict=True))
