@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from welore.bench import Steps, compressed, flops_limit, seconds
+from welore.bench import Steps, compressed, flops_limit, seconds, write
 from welore.cache import Cache
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import Config, compose, to_config
@@ -28,7 +28,6 @@ from welore.loss import linear_cross_entropy
 from welore.measure import GIB, peak_memory
 from welore.models import components
 from welore.modes import Mode
-from welore.provenance import environment
 from welore.ranks import Budget
 from welore.svd import singular_values
 
@@ -183,9 +182,8 @@ def main() -> None:
     results = measure(arguments, config, device)
     for name, figures in results.items():
         print(f"{name:52}" + "   ".join(f"{key} {value:.4g}" for key, value in figures.items()))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     shape = {"batch": arguments.batch, "length": arguments.length, "model": config.model.name}
-    arguments.out.write_text(json.dumps({"results": results, "shape": shape} | environment(device), indent=2))
+    write(arguments.out, {"results": results, "shape": shape}, device)
     print(f"written to {arguments.out}")
 
 

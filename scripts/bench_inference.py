@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from welore.bench import compressed, stand_in_model
+from welore.bench import compressed, stand_in_model, write
 from welore.cache import Cache
 from welore.checkpoint import describe
 from welore.config import Config, compose, to_config
@@ -32,7 +32,6 @@ from welore.fuse import fuse
 from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, prefill_flops, race
 from welore.measure import GIB, give_back, peak_memory
 from welore.models import DTYPES, count_bytes
-from welore.provenance import environment
 
 DENSE, SMALL = "dense", "compressed"
 
@@ -201,19 +200,16 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(memory(arguments, device)))
         return
-    rows = speeds(arguments, configs, device) if arguments.rounds else []
-    peaks = {
-        name: by_length(arguments, config, device, None if name == DENSE else config.err)
-        for name, config in configs.items()
-    }
-    for name, lengths in peaks.items():
-        for figures in lengths:
+    how = {"model": composed.model.name, "random": arguments.random}
+    how |= {key: getattr(arguments, key) for key in ("dtype", "decode", "multiple")}
+    found: dict = {"speed": speeds(arguments, configs, device) if arguments.rounds else [], "memory": {}} | how
+    write(arguments.out, found, device)
+    for name, config in configs.items():
+        found["memory"][name] = by_length(arguments, config, device, None if name == DENSE else config.err)
+        write(arguments.out, found, device)
+        for figures in found["memory"][name]:
             known = {key: value for key, value in figures.items() if value is not None}
-            print(f"{name:10}" + "   ".join(f"{key} {value:.4g}" for key, value in known.items()))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    how = {"model": composed.model.name} | {key: getattr(arguments, key) for key in ("dtype", "decode", "multiple")}
-    found = {"speed": rows, "memory": peaks} | how | environment(device)
-    arguments.out.write_text(json.dumps(found, indent=2))
+            print(f"{name:10}" + "   ".join(f"{key} {value:.4g}" for key, value in known.items()), flush=True)
     print(f"written to {arguments.out}")
 
 

@@ -9,7 +9,6 @@ beside each other: they differ by rounding alone.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from welore import metrics
 from welore.batches import Batches, Rows, training_rows
-from welore.bench import compressed
+from welore.bench import compressed, write
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.evaluate import frozen_weights_in
@@ -33,7 +32,6 @@ from welore.fit import fit
 from welore.measure import WARM_UP_STEPS, Throughput, give_back, synchronize
 from welore.modes import adapted, select
 from welore.module import Tuner
-from welore.provenance import environment
 from welore.records import read_history
 
 Turn = tuple[list[float], list[float]]  # seconds and loss of every step
@@ -150,10 +148,9 @@ def main() -> None:
         print(f"step {step + 1}: loss " + "   ".join(f"{n} {v:.4f}" for n, v in zip(losses, pair, strict=True)))
     one, other = rates.values()
     print("   ".join(f"{n} {rate:.1f} tokens/s" for n, rate in rates.items()) + f"   ratio {one / other:.3f}")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    shape = {"batch": arguments.batch, "length": arguments.length, "model": config.model.name, "asked": config.asked}
-    found = {"tokens_per_second": rates, "losses": losses, "shape": shape} | environment(device)
-    arguments.out.write_text(json.dumps(found, indent=2))
+    shape = {key: getattr(arguments, key) for key in ("batch", "length", "steps", "rounds")}
+    shape |= {"model": config.model.name, "asked": config.asked}
+    write(arguments.out, {"tokens_per_second": rates, "losses": losses, "shape": shape}, device)
     print(f"written to {arguments.out}")
 
 

@@ -11,21 +11,19 @@ step by a clock that does not wait for the device. With --random nothing is load
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from welore.bench import IMPLEMENTATIONS, Steps, compressed, flops_limit, stand_in_model
+from welore.bench import IMPLEMENTATIONS, Steps, compressed, flops_limit, stand_in_model, write
 from welore.cache import Cache
 from welore.config import compose, to_config
 from welore.measure import GIB, give_back, peak_memory
 from welore.memory import Step, predict
 from welore.models import count_parameters
 from welore.modes import Mode
-from welore.provenance import environment
 
 OURS, FULL = MODES = ("welore", "full")
 Parts = dict[str, float]
@@ -56,11 +54,9 @@ def main() -> None:
         step = Step(tokens // length, length, config.model.autocast)
         rows.append(measure(model, modes, step, arguments.rounds))
         print("\n".join(lines(rows[-1])), flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    how = {key: getattr(arguments, key) for key in ("rounds", "random", "multiple")}
-    how |= {"parameters": count_parameters(model)}
-    found = {"rows": rows, "model": config.model.name, "asked": config.asked} | how | environment(device)
-    arguments.out.write_text(json.dumps(found, indent=2))
+        how = {key: getattr(arguments, key) for key in ("rounds", "random", "multiple")}
+        how |= {"model": config.model.name, "asked": config.asked, "parameters": count_parameters(model)}
+        write(arguments.out, {"rows": rows} | how, device)
     print(f"written to {arguments.out}")
 
 

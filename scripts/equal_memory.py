@@ -24,13 +24,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from welore.bench import compressed, measured, stand_in_model
+from welore.bench import compressed, measured, stand_in_model, write
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.measure import GIB, give_back
 from welore.memory import Step, largest_batch
 from welore.modes import select
-from welore.provenance import environment
 
 
 def without_storage(model: PreTrainedModel) -> PreTrainedModel:
@@ -122,14 +121,8 @@ def main() -> None:
                 row["best"] = row is best
                 print(line(row), flush=True)
             rows += pair
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    shape = {
-        "length": arguments.length,
-        "random": arguments.random,
-        "multiple": arguments.multiple,
-        "overrides": arguments.overrides,
-    }
-    arguments.out.write_text(json.dumps({"rows": rows, "shape": shape} | environment(device), indent=2))
+            shape = {key: getattr(arguments, key) for key in ("length", "random", "multiple", "overrides")}
+            write(arguments.out, {"rows": rows, "shape": shape}, device)
     print(f"written to {arguments.out}")
 
 

@@ -2,7 +2,8 @@
 
 usage: python scripts/memory.py model=llama2_7b err=0.5 mode=welore [--batch 1] [--length 1024] [--gib 24 48 80]
            [--recompute] [--ranks RUN/ranks.json] [overrides]
-       python scripts/memory.py err=0.3 mode=welore --batch 4 --length 256 --measure     beside two real steps
+       python scripts/memory.py err=0.3 mode=welore --batch 4 --length 256 --measure [--out FILE.json]
+                                                                                  beside two real steps
 
 Without --measure nothing is loaded: the model is built without storage. Its ranks are those of
 --ranks; without it a stand-in of the right err, which has the parameters of the paper's Table 7 for LLaMA-2-7B.
@@ -10,10 +11,10 @@ Without --measure nothing is loaded: the model is built without storage. Its ran
 
 import argparse
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from welore.bench import compressed, measured
+from welore.bench import compressed, measured, write
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.errors import Refused
@@ -44,6 +45,7 @@ def main() -> int:
     parser.add_argument("--recompute", action="store_true", help="run every layer again for its gradient")
     parser.add_argument("--ranks", type=Path, help="ranks.json of a run with this model")
     parser.add_argument("--measure", action="store_true", help="load the model and measure two steps as well")
+    parser.add_argument("--out", type=Path, help="where what --measure finds goes as JSON")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py: model=, err=, mode=")
     arguments = parser.parse_intermixed_args()
     try:
@@ -53,7 +55,7 @@ def main() -> int:
     return 0
 
 
-def measure(config: Config, step: Step) -> None:
+def measure(config: Config, step: Step) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model, _ = compressed(config, config.trainer.place(), Cache(Path(folder)))
     footprint, found = measured(model, config, step)
@@ -63,6 +65,7 @@ def measure(config: Config, step: Step) -> None:
         f"measured {found['measured GiB']:.3f} GiB, predicted / measured {ratio:.3f}, "
         f"{found['tokens_per_second']:.0f} tokens/s"
     )
+    return found
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -73,7 +76,10 @@ def show(arguments: argparse.Namespace) -> None:
         raise Refused("mode=none trains nothing. Write mode=welore, nlrc, full, lora or galore.")
     step = Step(arguments.batch, arguments.length, config.model.autocast, arguments.recompute)
     if arguments.measure:
-        measure(config, step)
+        found = measure(config, step)
+        if arguments.out:
+            shape = {"model": config.model.name, "mode": config.mode.name, "asked": config.asked, **asdict(step)}
+            write(arguments.out, found | {"shape": shape}, config.trainer.place())
         return
     if config.err is None and arguments.ranks is None:
         raise Refused(f"{config.asked} needs spectra, and nothing is loaded here. Write err=0.5 or --ranks FILE.")

@@ -75,6 +75,14 @@ def test_what_the_model_cannot_take_is_refused(compressed, configured, overrides
     assert ADVICE.search(str(refused.value))
 
 
+@pytest.mark.parametrize(("overrides", "pieces"), MODELS, ids=[overrides for overrides, _ in MODELS])
+def test_it_is_refused_of_the_dense_model_already(model, configured, overrides, pieces):
+    """So that nobody waits for a compression that no training can follow."""
+    with pytest.raises(Refused) as refused:
+        configured(*overrides.split()).mode.check(model)
+    assert [piece for piece in pieces if piece not in str(refused.value)] == [], refused.value
+
+
 @pytest.mark.parametrize("mode", ["galore", "fira", "apollo"])
 def test_a_projection_of_the_widest_weights_alone_is_allowed(compressed, configured, mode):
     assert select(compressed, configured(f"mode={mode}", "mode.rank=63").mode)
@@ -92,8 +100,9 @@ def test_a_mode_of_lrcs_is_refused_where_there_are_none(model, compress, configu
 def test_eight_bits_are_refused_without_a_gpu(compressed, configured, mode):
     strategy = configured(f"mode={mode}_8bit").mode
     parameters = select(compressed, strategy)
-    with pytest.raises(Refused, match=f"mode={mode}_8bit.*needs a GPU.*Write mode={mode},"):
-        strategy.optimizer(parameters)
+    for attempt in (lambda: strategy.optimizer(parameters), lambda: strategy.check(compressed)):
+        with pytest.raises(Refused, match=f"mode={mode}_8bit.*needs a GPU.*Write mode={mode},"):
+            attempt()
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

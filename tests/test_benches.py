@@ -46,6 +46,19 @@ def test_the_parts_of_a_step_are_measured_for_both_modes(tmp_path):
 
 
 @pytest.mark.slow
+def test_random_weights_are_measured_without_a_model_or_a_decomposition(tmp_path):
+    random = ("--random", "--multiple", "8")
+    steps = figures("bench_steps", tmp_path, "--model=tiny", *random, "--tokens=32", "--length=32", "--rounds=1")
+    assert steps["random"] and steps["multiple"] == 8 and steps["rows"][0]["ratios"]["limit"] >= 1
+    rows = figures("equal_memory", tmp_path, *random, "--gib=0.005", "--modes=full", "--length=32")["rows"]
+    assert len(rows) == 2 and all(row["measured GiB"] > 0 for row in rows)
+    sizes = ("--err=0.5", "--batch=1", "--prompt=8", "--decode=4", "--rounds=1")
+    found = figures("bench_inference", tmp_path, "--model=tiny", *random[:1], *sizes, "--multiple", "1", "8")
+    names = ["dense", "dense fused", "compressed", "compressed fused", "compressed fused x8"]
+    assert list(found["speed"][0]["tokens_per_second"]) == names and len(found["memory"]) == 2
+
+
+@pytest.mark.slow
 def test_the_faster_of_two_at_the_largest_batch_of_a_budget_is_the_best(tmp_path):
     plain, again = figures("equal_memory", tmp_path, "--gib", "0.005", "--modes", "welore", "--length=32")["rows"]
     assert 0 < plain["largest batch"] < again["largest batch"] and plain["measured GiB"] > 0

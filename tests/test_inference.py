@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from welore.config import compose, to_config
-from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, prefill_flops, race
+from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, generate_replayed, prefill_flops, race
 from welore.lowrank import factored_ranks
 from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.ranks import Budget
@@ -19,6 +19,12 @@ def test_tokens_with_a_cache_are_those_of_transformers(compressed):
     theirs = compressed.generate(IDS_BL, attention_mask=torch.ones_like(IDS_BL), **options, eos_token_id=None)
     assert torch.equal(tokens, theirs[:, 12:])
     assert timing.prefill > 0 and len(timing.steps) == 4
+
+
+def test_a_cache_of_fixed_size_changes_no_token(compressed):
+    tokens, _ = generate(compressed, IDS_BL, 7)
+    replayed, timing = generate_replayed(compressed, IDS_BL, 7)
+    assert torch.equal(tokens, replayed) and len(timing.steps) == 4
 
 
 def test_a_race_gives_every_model_a_speed(compressed, pristine):
@@ -69,6 +75,21 @@ def test_shapes_with_the_ranks_of_a_run_are_the_model_of_the_run(model, compress
 )
 def test_known_shapes_have_the_published_parameters(name, millions):
     assert count_parameters(on_meta(SHAPES[name], "bfloat16")) / 1e6 == pytest.approx(millions, abs=1e-3)
+
+
+@pytest.mark.parametrize(("err", "millions"), [(0.3, 5794.25), (0.5, 4543.67), (0.7, 3072.84)])
+def test_a_stand_in_has_the_parameters_of_the_papers_table_7(err, millions):
+    model = on_meta(SHAPES["llama2_7b"], "bfloat16")
+    factor(model, stand_in(model, err))
+    assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_a_stand_in_of_aligned_ranks_is_about_the_same(multiple):
+    model = on_meta(SHAPES["llama2_7b"], "bfloat16")
+    free, found = stand_in(model, 0.5), stand_in(model, 0.5, multiple)
+    for name, rank in free.items():
+        assert found[name] is rank is None or (found[name] % multiple == 0 and abs(found[name] - rank) <= multiple / 2)
 
 
 @pytest.mark.parametrize("err", [0.1, 0.3, 0.5, 0.7, 0.9])

@@ -160,6 +160,34 @@ def test_err_never_falls_as_the_threshold_rises(normalize, dense):
         assert sequence == sorted(sequence) and sequence[0] < sequence[-1]
 
 
+@every_dense
+@pytest.mark.parametrize("multiple", [2, 8, 64])
+def test_aligned_ranks_are_the_nearest_multiples_that_are_factored_still(dense, multiple):
+    spectra = random_spectra(4, [(48, 48), (48, 132), (132, 48), (10, 6)])
+    for budget in (Budget(err=0.3), Budget(err=0.6)):
+        free = Welore("welore", "minmax", dense, "plain").plan(spectra, budget)
+        plan = Welore("welore", "minmax", dense, "plain", multiple=multiple).plan(spectra, budget)
+        assert plan.factored.keys() == free.factored.keys() and plan.threshold == free.threshold
+        for name, rank in free.factored.items():
+            allowed = [r for r in range(multiple, DENSE_RULES[dense](spectra[name].shape) + 1, multiple)] or [rank]
+            assert abs(plan.ranks[name] - rank) == min(abs(r - rank) for r in allowed) and plan.ranks[name] in allowed
+        assert plan.err == tally(plan.ranks, spectra).err and plan.err_attempted == free.err_attempted
+
+
+def test_uniform_ranks_are_aligned_too():
+    spectra = random_spectra(0, [(16, 16), (64, 32)])
+    assert Uniform("uniform", "never", multiple=8).plan(spectra, Budget(err=0.3)).ranks == {"w0": 8, "w1": 24}
+
+
+def test_a_multiple_below_one_is_refused():
+    for rule in (
+        lambda: Uniform("uniform", "never", multiple=0),
+        lambda: Welore("w", "max", "half", "plain", multiple=0),
+    ):
+        with pytest.raises(Refused, match="ranks.multiple=0 is no count of ranks. Write 1"):
+            rule()
+
+
 @pytest.mark.parametrize("err", [0.0, 0.1, 0.33, 0.5, 0.95])
 def test_uniform_removes_the_same_share_of_ranks_everywhere(err):
     spectra = random_spectra(0)

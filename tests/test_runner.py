@@ -10,6 +10,7 @@ from welore import runner
 from welore.config import compose, to_config
 from welore.errors import Refused
 from welore.evaluate import perplexity
+from welore.records import Record
 from welore.runner import run
 
 SMALL = ["model=tiny", "err=0.5", "trainer=cpu", "logger=none", "trainer.progress=false"]
@@ -49,6 +50,28 @@ def test_no_gradient_of_the_training_is_held_while_the_tuned_model_is_measured(t
     monkeypatch.setattr(runner, "measure", look)
     run(config_of(tmp_path, "mode=welore", f"model.dtype={dtype}"), tmp_path / "run")
     assert held == [[]]
+
+
+def test_what_a_mode_cannot_do_costs_no_compression(tmp_path):
+    with pytest.raises(Refused, match="mode.rank=33 is above the rank"):
+        run(config_of(tmp_path, "mode=lora", "mode.rank=33"), tmp_path / "run")
+    assert Record.read(tmp_path / "run").metrics == {} and not (tmp_path / "run" / "ranks.json").exists()
+
+
+@pytest.mark.parametrize(("gap", "said"), [(1, False), (2, True), (200, True)])
+def test_a_projection_that_no_step_renews_is_announced(tmp_path, capsys, gap, said):
+    config = config_of(tmp_path, "mode=galore", "mode.rank=8", f"mode.gap={gap}", "task.training.steps=2")
+    run(config, tmp_path / "run")
+    assert (f"mode.gap={gap}: what the first step draws stays for all 2 steps" in capsys.readouterr().err) is said
+
+
+def test_layers_whose_turn_it_is_not_have_no_gradients_to_count(tmp_path):
+    found = {}
+    for layers in (1, 2):
+        config = config_of(tmp_path, "mode=lisa", f"mode.layers={layers}", "mode.norms=false")
+        found[layers] = run(config, tmp_path / str(layers)).metrics["fit/state_gib"]
+    # Half of the layers, and of each that works a gradient and two moments.
+    assert found[2] / found[1] == pytest.approx(2, rel=0.35)
 
 
 @pytest.mark.slow

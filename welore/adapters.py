@@ -179,6 +179,9 @@ class RandLora(Inserted):
                 f"mode has rank={self.rank}, dropout={self.dropout}. Write a rank >= 1 and a share in [0, 1)."
             )
 
+    def check(self, model: PreTrainedModel) -> None:
+        check_rank(self, model)
+
     def prepare(self, model: PreTrainedModel) -> None:
         from peft import RandLoraConfig
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from welore.budget import DENSE_RULES, Budget, Plan, check_option, tally
 from welore.errors import Refused
 from welore.moments import Needs
-from welore.ranks import COORDINATES, Evidence, Ranks, block_of
+from welore.ranks import COORDINATES, Evidence, Ranks, block_of, check_multiple
 from welore.svd import Spectrum
 from welore.zerosum import zero_sum
 
@@ -195,8 +195,7 @@ class Lagrange(Ranks):
         check_option("ranks.value", self.value, (*VALUES, FIRST_ORDER))
         check_option("ranks.spectrum", self.spectrum, COORDINATES)
         check_option("ranks.dense", self.dense, DENSE_RULES)
-        if self.multiple < 1:
-            raise Refused(f"ranks.multiple={self.multiple} is no count of ranks. Write 1 for any rank, or 8 or 16.")
+        check_multiple(self.multiple)
         if not self.depth_bias > -1:
             raise Refused(f"ranks.depth_bias={self.depth_bias} makes values negative. Write more than -1; 0 is none.")
         if self.depth_bias and self.value == FIRST_ORDER:

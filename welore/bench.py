@@ -1,5 +1,6 @@
 """What benchmarks measure: a compressed model, steps of a mode on it, and what FLOPs and bytes allow."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from welore.cache import Cache
+from welore.cache import Cache, whole
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import Config
 from welore.errors import Refused
@@ -22,10 +23,18 @@ from welore.measure import GIB, give_back, peak_memory, synchronize
 from welore.memory import Footprint, Step, predict
 from welore.models import components, count_bytes
 from welore.modes import Mode, select
+from welore.provenance import environment
 from welore.shapes import drawn, factor, sizes_of, stand_in
 
 # Of AdamW: fused, as we run it, and a loop over the parameters, as it was before.
 IMPLEMENTATIONS = {"fused": {"foreach": None, "fused": True}, "loop": {"foreach": False, "fused": False}}
+
+
+def write(out: Path, found: dict, device: torch.device) -> None:
+    """Figures as JSON with the device and the versions; a killed script keeps what it had."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with whole(out) as part:
+        part.write_text(json.dumps(found | environment(device), indent=2))
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -282,6 +282,8 @@ def science(config: Config) -> dict[str, Any]:
         del chosen["calibration"]
     if not chosen["task"].get("protocol", {}).get("as_is", True):
         del chosen["task"]["protocol"]["as_is"]  # runs from before there was such a choice are these
+    if not isinstance(config.ranks, allocate.Lagrange) and chosen["ranks"].get("multiple") == 1:
+        del chosen["ranks"]["multiple"]  # likewise
     del chosen["judge"]
     for judge in config.judges:
         chosen["judge"] = judge.science()

@@ -59,13 +59,16 @@ class Joint:
 
 
 @torch.no_grad()
-def fuse(model: PreTrainedModel, multiple: int = 1) -> None:
+def fuse(model: PreTrainedModel, multiple: int | None = None) -> None:
     """Join the products of weights that read one input, for a model that is only used: it is frozen here.
 
     Outputs are the same up to rounding, and memory grows by what `multiple` pads alone: ranks are filled with zeros
-    up to a multiple of it. Which weights share an input is read off one pass over a few tokens, so that any
+    up to a multiple of it, by default of 8 on a GPU, where others cost up to twice the time, and not at all on a CPU.
+    Which weights share an input is read off one pass over a few tokens, so that any
     architecture will do. Move and cast the model before. Adapters keep their own products.
     """
+    if multiple is None:
+        multiple = 8 if model.get_input_embeddings().weight.is_cuda else 1
     if multiple < 1:
         raise Refused(f"multiple={multiple} pads nothing. Write 1 for ranks as they are, or 8.")
     unfuse(model)

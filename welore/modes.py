@@ -42,6 +42,9 @@ class Mode:
         """Hear which weights are WeLore's LRCs, and at which ranks."""
         self.division = lrc
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse what no plan could make possible, on the dense model: before hours of compression."""
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Change the model before its parameters are chosen; most modes have nothing to change."""
 
@@ -135,8 +138,15 @@ class GaLore(Full):
                 f"and a scale above 0."
             )
 
+    def check(self, model: PreTrainedModel) -> None:
+        self._check_rank([p for module in components(model).values() for p in module.parameters()])
+
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
         parameters = super().trainables(model)
+        self._check_rank(parameters)
+        return parameters
+
+    def _check_rank(self, parameters: list[nn.Parameter]) -> None:
         widest = max((min(p.shape) for p in parameters if p.ndim == 2), default=0)
         if parameters and widest <= self.rank:
             lower = f"a rank below {widest}, or " if widest > 1 else ""
@@ -144,7 +154,6 @@ class GaLore(Full):
                 f"mode.rank={self.rank} projects nothing, so that mode={self.name} would be plain Adam: of all "
                 f"matrices that it trains the longest shorter side is {widest}. Write {lower}mode=full."
             )
-        return parameters
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
@@ -174,6 +183,9 @@ class Lora(Adam):
             raise Refused(f"mode.rank={self.rank} adapts nothing. Write 1 or more.")
         if not 0 <= self.dropout < 1:
             raise Refused(f"mode.dropout={self.dropout} is not a share in [0, 1). Write 0 for none.")
+
+    def check(self, model: PreTrainedModel) -> None:
+        check_rank(self, model)
 
     def prepare(self, model: PreTrainedModel) -> None:
         from peft import LoraConfig, inject_adapter_in_model

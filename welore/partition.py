@@ -37,7 +37,7 @@ class Partition(Welore):
             others = {name: spectrum for name, spectrum in spectra.items() if name not in lrc.factored}
             keep = _keep_of_others(lrc, spectra, others)
             threshold = solve_threshold(others, Budget(keep=keep), self.normalize, "never")
-            ranks |= apply_threshold(others, threshold, self.normalize, "never").ranks
+            ranks |= apply_threshold(others, threshold, self.normalize, "never", self.multiple).ranks
         return replace(tally(ranks, spectra, threshold=threshold), lrc=lrc.factored)
 
 

@@ -88,6 +88,9 @@ class LoraXs(Adam):
     def refactors(self) -> bool:
         return True
 
+    def check(self, model: PreTrainedModel) -> None:
+        check_rank(self, model)
+
     @torch.no_grad()
     def prepare(self, model: PreTrainedModel) -> None:
         check_rank(self, model)
@@ -142,10 +145,14 @@ class Lisa(Full):
         if not self.outlier > 0:
             raise Refused(f"mode.outlier={self.outlier} is no multiple of a mean. Write 5, or another above 0.")
 
+    def check(self, model: PreTrainedModel) -> None:
+        count = len(decoder_layers(model))
+        if self.layers > count:
+            raise Refused(f"mode.layers={self.layers}, and the model has {count}. Write {count} or less.")
+
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
+        self.check(model)
         blocks = list(decoder_layers(model).values())
-        if self.layers > len(blocks):
-            raise Refused(f"mode.layers={self.layers}, and the model has {len(blocks)}. Write {len(blocks)} or less.")
         parameters = super().trainables(model)
         chosen = {id(p) for p in parameters}
         self._blocks = [[p for p in block.parameters() if id(p) in chosen] for block in blocks]

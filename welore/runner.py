@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # importing Lightning takes seconds, and a finished run shoul
 
 MODEL = "model"
 LEAVE = 60  # seconds
+FAST = 8  # a multiple of this is a rank that a GPU multiplies fast
 STOPPED = (Interrupted, KeyboardInterrupt, SystemExit)  # from outside: the same command goes on; submitit exits
 
 
@@ -177,6 +178,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
     device, cache = config.trainer.place(), Cache(Path(config.outputs) / ".cache")
     announce(f"load {config.model.name}")
     model, tokenizer = config.model.load(cache.folder, config.task.training_texts)
+    config.mode.check(model)
     benchmark = config.task.benchmark(tokenizer, cache, *config.judges)
     _check_positions(model, config, benchmark)
     weights = weight_digests(model)
@@ -225,10 +227,21 @@ def _compressed(
         plan = compress(model, tokenizer, weights, config, folder, cache, record)
         found |= {metrics.COMPRESS_PEAK_GIB.key: peak.gib, metrics.COMPRESS_SECONDS.key: time.perf_counter() - started}
     found |= _compression(model, plan)
+    _say_if_slow(plan, config, device)
     weights = weight_digests(model)
     found |= noted(measure_once(model, weights, benchmark, config, cache, "compressed"), folder, "compressed")
     found[metrics.NATS.key] = _damage(found)
     return plan, weights
+
+
+def _say_if_slow(plan: Plan, config: Config, device: torch.device) -> None:
+    """Ranks that a GPU multiplies slowly in half precision, where a row of a factor is no multiple of 16 bytes."""
+    odd = sum(rank % FAST > 0 for rank in plan.factored.values())
+    if device.type == "cuda" and odd and "float32" not in (config.model.autocast or config.model.dtype):
+        announce(
+            f"{odd} of {len(plan.factored)} ranks are no multiples of {FAST}, which a GPU multiplies up to twice as "
+            f"slowly. Write ranks.multiple={FAST}; for a model that is only used there is welore.fuse"
+        )
 
 
 def _call(model: PreTrainedModel, tokenizer: Any, folder: Path, division: Mapping[str, int]) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from welore.apollo import Apollo as ApolloOptimizer
 from welore.apollo import Fira as FiraOptimizer
@@ -66,7 +67,11 @@ class EightBit:
     Masters stay in float32. What is selected, and what it takes, can be told without a GPU.
     """
 
-    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def check(self, model: PreTrainedModel) -> None:
+        super().check(model)
+        self._check_library()
+
+    def _check_library(self) -> None:
         if not torch.cuda.is_available():
             raise Refused(
                 f"mode={self.name} keeps its moments in 8 bits, which needs a GPU, and torch sees none here. "
@@ -76,6 +81,9 @@ class EightBit:
             raise Refused(
                 f"mode={self.name} needs bitsandbytes, which is not installed. Run: pip install bitsandbytes"
             )
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        self._check_library()
         import bitsandbytes
 
         kind = type("AdamW8bit", (Float32Masters, bitsandbytes.optim.AdamW8bit), {})

@@ -13,7 +13,7 @@ from welore.config import Config
 from welore.evaluate import frozen_weights_in
 from welore.measure import GIB, Throughput, give_back, peak_memory
 from welore.models import components, count_parameters
-from welore.modes import norm_parameters, select
+from welore.modes import Mode, norm_parameters, select
 from welore.optim import state_bytes
 from welore.prune import count_zeros
 from welore.report import announce
@@ -49,6 +49,7 @@ def tune(
     norms = {id(p) for p in norm_parameters(model)}
     trained = sum(p.numel() for p in (*parameters, *besides))
     announce(f"train {trained:,} of {count_parameters(model):,} parameters for {batches.steps} steps")
+    _say_if_fixed(config.mode, batches.steps)
     throughput = Throughput(training.accumulate)
     after = training.snapshots(batches.steps)
     snapshots = [Snapshots(model, tokenizer, config.mode, after, folder)] if after else []
@@ -63,7 +64,9 @@ def tune(
         with frozen_weights_in(twin, None if config.trainer.shards else autocast):  # a weight that is cast is whole
             fit(config.trainer, tuner, batches, validation, folder, autocast, loggers, throughput, watching)
         memory = peak.metrics(metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
-    gradients = trained * torch.float32.itemsize
+    # Where modes take turns, only those whose turn it is have gradients.
+    working = [p for p in (*trainables, *besides) if p.requires_grad] if config.mode.takes_turns else []
+    gradients = (sum(p.numel() for p in working) or trained) * torch.float32.itemsize
     optimizer = tuner.optimizers(use_pl_optimizer=False)
     state = (gradients + state_bytes(optimizer)) / GIB
     optimizer.release()  # gradients are no part of the model that is measured now
@@ -85,3 +88,13 @@ def tune(
             metrics.FIT_SECONDS.key: time.perf_counter() - started,
         }
     )
+
+
+def _say_if_fixed(mode: Mode, steps: int) -> None:
+    """GaLore and its like with fewer steps than a projection lasts are another method: one subspace for the run."""
+    gap = getattr(mode, "gap", None)
+    if gap is not None and gap >= steps:
+        announce(
+            f"mode.gap={gap}: what the first step draws stays for all {steps} steps. Write mode.gap="
+            f"{max(1, steps // 4)} to renew it"
+        )
