@@ -65,15 +65,6 @@ def test_a_projection_that_no_step_renews_is_announced(tmp_path, capsys, gap, sa
     assert (f"mode.gap={gap}: what the first step draws stays for all 2 steps" in capsys.readouterr().err) is said
 
 
-def test_layers_whose_turn_it_is_not_have_no_gradients_to_count(tmp_path):
-    found = {}
-    for layers in (1, 2):
-        config = config_of(tmp_path, "mode=lisa", f"mode.layers={layers}", "mode.norms=false")
-        found[layers] = run(config, tmp_path / str(layers)).metrics["fit/state_gib"]
-    # Half of the layers, and of each that works a gradient and two moments.
-    assert found[2] / found[1] == pytest.approx(2, rel=0.35)
-
-
 @pytest.mark.slow
 def test_a_forced_run_that_fails_gives_back_the_finished_one_whole(tmp_path):
     run(config_of(tmp_path), tmp_path / "run")
