@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -64,10 +65,10 @@ def with_fused(name: str, model: PreTrainedModel, multiples: list[int]) -> dict[
     return models
 
 
-def speeds(arguments: argparse.Namespace, configs: dict[str, Config], device: torch.device) -> list[dict]:
+def speeds(arguments: argparse.Namespace, configs: dict[str, Config], device: torch.device) -> Iterator[dict]:
+    """A row for every err, batch and prompt, as soon as it is there."""
     dense = load(configs[DENSE], device, arguments, None)
     base = with_fused(DENSE, dense, [1])
-    rows = []
     for name, config in configs.items():
         if name == DENSE:
             continue
@@ -76,9 +77,7 @@ def speeds(arguments: argparse.Namespace, configs: dict[str, Config], device: to
         del small
         for batch in arguments.batch:
             for length in arguments.prompt:
-                rows.append({"err": config.err} | compare(models, batch, length, arguments))
-                print(line(rows[-1]), flush=True)
-    return rows
+                yield {"err": config.err} | compare(models, batch, length, arguments)
 
 
 def compare(models: dict[str, PreTrainedModel], batch: int, length: int, arguments: argparse.Namespace) -> dict:
@@ -202,8 +201,11 @@ def main() -> None:
         return
     how = {"model": composed.model.name, "random": arguments.random}
     how |= {key: getattr(arguments, key) for key in ("dtype", "decode", "multiple")}
-    found: dict = {"speed": speeds(arguments, configs, device) if arguments.rounds else [], "memory": {}} | how
-    write(arguments.out, found, device)
+    found: dict = {"speed": [], "memory": {}} | how
+    for row in speeds(arguments, configs, device) if arguments.rounds else ():
+        found["speed"].append(row)
+        write(arguments.out, found, device)
+        print(line(row), flush=True)
     for name, config in configs.items():
         found["memory"][name] = by_length(arguments, config, device, None if name == DENSE else config.err)
         write(arguments.out, found, device)

@@ -90,12 +90,15 @@ def after_each_other(
         try:
             with peak_memory(device) as peak:
                 steps = Steps(model, mode, step.autocast, step.batch, step.length)
-                taken[name] = steps.phases(2 * rounds)
+                steps.turn(1)
                 memory[name] = {"measured": peak.gib, "reserved": peak.reserved_gib}
+            taken[name] = steps.phases(2 * rounds)
             predicted = predict(model, mode, steps.parameters, step).peak / GIB
             memory[name] |= {"predicted": predicted, "trained": sum(p.numel() for p in steps.parameters)}
         except torch.cuda.OutOfMemoryError:
             memory[name] = {"out of memory": True}
+            taken.pop(name, None)
+            model.zero_grad(set_to_none=True)
         steps = None
     return taken, memory
 

@@ -1,4 +1,4 @@
-"""Measure tokens per second at an equal memory budget: each mode at the largest batch that fits.
+"""Measure tokens per second at an equal memory budget: each mode at about the largest batch that fits.
 
 usage: python scripts/equal_memory.py [--gib 2 3] [--modes welore full lora galore] [--length 256] [--most 8]
            [--predict] [--random [--multiple 8]] [--out FILE.json] [overrides]
@@ -6,9 +6,10 @@ usage: python scripts/equal_memory.py [--gib 2 3] [--modes welore full lora galo
 
 Every mode runs with and without recomputation; the faster of the two is marked, unless --most cut a batch. On a GPU a
 process gets no more than the budget: it begins with the batch that is predicted to fit, and where that runs out of
-memory with an eighth less, until one fits. A CPU enforces nothing, and gets a process for each: read the measured
-peak, which is that of the process without what it holds beside the weights before training. With --random nothing is
-loaded or decomposed: random weights in the model's shapes.
+memory with an eighth less, until one fits; larger ones are not tried, and the budget is what torch may take, without
+its context. A CPU enforces nothing, and gets a process for each: read the measured peak, which is that of the process
+without what it holds beside the weights before training. With --random nothing is loaded or decomposed: random weights
+in the model's shapes.
 """
 
 import argparse
@@ -121,7 +122,9 @@ def main() -> None:
                 row["best"] = row is best
                 print(line(row), flush=True)
             rows += pair
-            shape = {key: getattr(arguments, key) for key in ("length", "random", "multiple", "overrides")}
+            shape = {
+                key: getattr(arguments, key) for key in ("modes", "length", "most", "random", "multiple", "overrides")
+            }
             write(arguments.out, {"rows": rows, "shape": shape}, device)
     print(f"written to {arguments.out}")
 

@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from welore.config import CONF, fingerprint
+from welore.config import CONF, fingerprint, science
 from welore.moments import Needs
 from welore.runner import run
 
@@ -154,3 +154,11 @@ def test_every_other_mode_trains_a_pruned_model_under_autocast(mode, ran):
 @pytest.mark.parametrize("cell", CROSS, ids=" ".join)
 def test_every_svd_composes_with_every_rank_rule_and_every_pruner(cell, ran):
     check(*ran([*cell, "mode=none"]))
+
+
+@pytest.mark.parametrize("rule", ["welore", "welore_all", "uniform", "partition"])
+def test_aligned_ranks_are_another_run_and_any_ranks_the_run_of_before_there_was_a_choice(configured, rule):
+    config = configured(f"ranks={rule}")
+    assert "multiple" not in science(config)["ranks"]
+    assert fingerprint(configured(f"ranks={rule}", "ranks.multiple=1")) == fingerprint(config)
+    assert fingerprint(configured(f"ranks={rule}", "ranks.multiple=8")) != fingerprint(config)

@@ -10,7 +10,7 @@ from welore.config import compose, to_config
 from welore.inference import generate, generate_replayed
 from welore.measure import give_back
 from welore.memory import Step, predict
-from welore.models import count_bytes
+from welore.models import components
 from welore.modes import select
 from welore.optim import state_bytes
 from welore.svd import singular_values
@@ -44,10 +44,14 @@ def test_spectra_of_a_gpu_are_those_of_float64_on_a_cpu(shape):
 def test_a_replayed_graph_writes_the_tokens_of_the_model():
     model, _ = middle()
     model.requires_grad_(False)
+    for module in components(model).values():
+        for weight in module.parameters():
+            weight.mul_(8)  # or a model that nobody has trained repeats one token, wherever it looks for it
     ids_BL = torch.randint(0, 32000, (2, 64), device=GPU)
     tokens, _ = generate(model.float(), ids_BL, 12)
     replayed, timing = generate_replayed(model, ids_BL, 12)
     assert torch.equal(tokens, replayed) and len(timing.steps) == 9
+    assert tokens.unique().numel() > 12
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -75,7 +79,7 @@ def test_states_in_eight_bits_take_what_was_predicted_and_resume_to_the_bit(mode
     step(optimizer)
     footprint = predict(model, config.mode, parameters, Step(2, 64, None))
     held = footprint.held["optimizer states"] + footprint.held["float32 masters"]
-    assert state_bytes(optimizer) == pytest.approx(held, rel=0.01) and held < count_bytes(model) * 4
+    assert state_bytes(optimizer) == pytest.approx(held, rel=0.01)
     saved = torch.utils._pytree.tree_map(
         lambda x: x.clone() if isinstance(x, torch.Tensor) else x, optimizer.state_dict()
     )

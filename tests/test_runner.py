@@ -1,6 +1,7 @@
 """One run as a whole: what its caches tell apart, and what a forced run leaves of the one before."""
 
 import gc
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from welore import runner
 from welore.config import compose, to_config
 from welore.errors import Refused
 from welore.evaluate import perplexity
+from welore.ranks import Plan
 from welore.records import Record
 from welore.runner import run
 
@@ -63,6 +65,26 @@ def test_a_projection_that_no_step_renews_is_announced(tmp_path, capsys, gap, sa
     config = config_of(tmp_path, "mode=galore", "mode.rank=8", f"mode.gap={gap}", "task.training.steps=2")
     run(config, tmp_path / "run")
     assert (f"mode.gap={gap}: what the first step draws stays for all 2 steps" in capsys.readouterr().err) is said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "said"),
+    [
+        (
+            ["model.dtype=bfloat16"],
+            "cuda",
+            "3 of 4 ranks are no multiples of 8, .*Write ranks.multiple=8; for a model",
+        ),
+        (["model.dtype=bfloat16", "ranks=stable_rank"], "cuda", "3 of 4 ranks .* time. For a model"),
+        (["model.dtype=float32", "model.autocast=null"], "cuda", None),
+        (["model.dtype=bfloat16"], "cpu", None),
+    ],
+)
+def test_ranks_that_a_gpu_multiplies_slowly_are_announced(tmp_path, capsys, overrides, device, said):
+    plan = Plan({"a": 7, "b": 12, "c": 16, "d": 1, "e": None}, 0.5, 0.5, 0.5)
+    runner._say_if_slow(plan, config_of(tmp_path, *overrides), torch.device(device))
+    heard = capsys.readouterr().err
+    assert (re.search(said, heard) is not None) if said else heard == ""
 
 
 @pytest.mark.slow

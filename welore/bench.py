@@ -4,6 +4,8 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -23,7 +25,7 @@ from welore.measure import GIB, give_back, peak_memory, synchronize
 from welore.memory import Footprint, Step, predict
 from welore.models import components, count_bytes
 from welore.modes import Mode, select
-from welore.provenance import environment
+from welore.provenance import commit, environment
 from welore.shapes import drawn, factor, sizes_of, stand_in
 
 # Of AdamW: fused, as we run it, and a loop over the parameters, as it was before.
@@ -31,10 +33,13 @@ IMPLEMENTATIONS = {"fused": {"foreach": None, "fused": True}, "loop": {"foreach"
 
 
 def write(out: Path, found: dict, device: torch.device) -> None:
-    """Figures as JSON with the device and the versions; a killed script keeps what it had."""
+    """Figures as JSON with the device, the versions and the commit."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    known = environment(device) | {"commit": commit()}
+    if find_spec("bitsandbytes"):
+        known["bitsandbytes"] = version("bitsandbytes")
     with whole(out) as part:
-        part.write_text(json.dumps(found | environment(device), indent=2))
+        part.write_text(json.dumps(found | known, indent=2))
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -152,6 +157,9 @@ class Steps:
     def _step_as(self, name: str) -> None:
         for group in self.optimizer.param_groups:
             group.update(IMPLEMENTATIONS[name])
+        for parameter, state in self.optimizer.state.items():
+            # A loop reads the step count of every parameter, and would wait for a GPU each time.
+            state["step"] = state["step"].to("cpu" if name == "loop" else parameter.device)
 
 
 def flops_limit(model: nn.Module, length: int) -> dict[str, float]:

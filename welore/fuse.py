@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from welore.errors import Refused
-from welore.lowrank import LowRankLinear
+from welore.lowrank import FAST, LowRankLinear
 from welore.models import components
 
 
@@ -63,12 +63,12 @@ def fuse(model: PreTrainedModel, multiple: int | None = None) -> None:
     """Join the products of weights that read one input, for a model that is only used: it is frozen here.
 
     Outputs are the same up to rounding, and memory grows by what `multiple` pads alone: ranks are filled with zeros
-    up to a multiple of it, by default of 8 on a GPU, where others cost up to twice the time, and not at all on a CPU.
-    Which weights share an input is read off one pass over a few tokens, so that any
-    architecture will do. Move and cast the model before. Adapters keep their own products.
+    up to a multiple of it, by default of 8 on a GPU, where others may cost more than twice the time, and not at all
+    on a CPU. Which weights share an input is read off one pass over a few tokens, so that any architecture will do.
+    Move and cast the model before. Adapters keep their own products.
     """
     if multiple is None:
-        multiple = 8 if model.get_input_embeddings().weight.is_cuda else 1
+        multiple = FAST if model.get_input_embeddings().weight.is_cuda else 1
     if multiple < 1:
         raise Refused(f"multiple={multiple} pads nothing. Write 1 for ranks as they are, or 8.")
     unfuse(model)

@@ -119,21 +119,22 @@ class Speed:
 def race(models: Mapping[str, PreTrainedModel], ids_BL: Tensor, new: int, rounds: int) -> dict[str, Speed]:
     """The speed of each model on one prompt, in turns, so that a machine that slows down slows all of them.
 
-    `new` is 4 or more; one further round before the others does not count.
+    `new` is 4 or more; one further round before the others does not count. Replaying a graph, on a GPU, is measured
+    once for each model after that.
     """
     taken: dict[str, list[Timing]] = {name: [] for name in models}
-    replayed: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
             taken[name].append(generate(model, ids_BL, new)[1])
-    for name, model in models.items() if ids_BL.is_cuda else ():
-        replayed[name] = generate_replayed(model, ids_BL, new)[1].steps
+    replayed: dict[str, float] = {}
+    if ids_BL.is_cuda:
+        for name, model in models.items():
+            replayed[name] = len(ids_BL) / median(generate_replayed(model, ids_BL, new)[1].steps)
     speeds = {}
     for name, timings in taken.items():
         prefill = median(timing.prefill for timing in timings[1:])
         step = median(second for timing in timings[1:] for second in timing.steps)
-        again = len(ids_BL) / median(replayed[name]) if replayed[name] else None
-        speeds[name] = Speed(ids_BL.numel() / prefill, len(ids_BL) / step, again)
+        speeds[name] = Speed(ids_BL.numel() / prefill, len(ids_BL) / step, replayed.get(name))
     return speeds
 
 

@@ -50,12 +50,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             log_p_CV = F.log_softmax(logits_CV, dim=-1)
             total += F.nll_loss(log_p_CV, labels_C, ignore_index=IGNORED, reduction="sum")
             if wanted:
-                scored_C = labels_C != IGNORED
+                # Nothing here asks a GPU how many tokens are scored: that would wait for all before it.
+                labels_C1 = labels_C[:, None]
                 error_CV = log_p_CV.exp_()
-                error_CV[scored_C, labels_C[scored_C]] -= 1
-                error_CV[~scored_C] = 0
-                gradient_TD[start : start + size] = error_CV.to(W_VD.dtype) @ W_VD
-                del error_CV
+                error_CV.scatter_add_(1, labels_C1.clamp(min=0), error_CV.new_full(labels_C1.shape, -1))
+                part_CD = error_CV.to(W_VD.dtype) @ W_VD
+                gradient_TD[start : start + size] = part_CD.masked_fill_(labels_C1 == IGNORED, 0)
+                del error_CV, part_CD
             del logits_CV, log_p_CV  # before the next chunk forms its own
         ctx.save_for_backward(gradient_TD)
         return total

@@ -6,6 +6,8 @@ Shape suffixes: M = out_features, N = in_features, R = rank.
 import torch
 from torch import Tensor, nn
 
+FAST = 8  # a GPU multiplies matrices in half precision fast where their rows are multiples of so many numbers
+
 
 class LowRankLinear(nn.Module):
     """y = A (B x) + bias, with A_MR and B_RN in place of one dense W_MN (Section 3.1).

@@ -26,6 +26,7 @@ from welore.config import Config, fingerprint
 from welore.errors import Interrupted, Refused
 from welore.evaluate import Benchmark
 from welore.loggers import told
+from welore.lowrank import FAST
 from welore.measure import peak_memory
 from welore.models import DTYPES, count_bytes, count_parameters, flops_per_token
 from welore.provenance import commit, environment
@@ -42,7 +43,6 @@ if TYPE_CHECKING:  # importing Lightning takes seconds, and a finished run shoul
 
 MODEL = "model"
 LEAVE = 60  # seconds
-FAST = 8  # a multiple of this is a rank that a GPU multiplies fast
 STOPPED = (Interrupted, KeyboardInterrupt, SystemExit)  # from outside: the same command goes on; submitit exits
 
 
@@ -238,9 +238,10 @@ def _say_if_slow(plan: Plan, config: Config, device: torch.device) -> None:
     """Ranks that a GPU multiplies slowly in half precision, where a row of a factor is no multiple of 16 bytes."""
     odd = sum(rank % FAST > 0 for rank in plan.factored.values())
     if device.type == "cuda" and odd and "float32" not in (config.model.autocast or config.model.dtype):
+        instead = f"Write ranks.multiple={FAST}; for" if hasattr(config.ranks, "multiple") else "For"
         announce(
-            f"{odd} of {len(plan.factored)} ranks are no multiples of {FAST}, which a GPU multiplies up to twice as "
-            f"slowly. Write ranks.multiple={FAST}; for a model that is only used there is welore.fuse"
+            f"{odd} of {len(plan.factored)} ranks are no multiples of {FAST}, and may cost a GPU more than twice the "
+            f"time. {instead} a model that is only used there is welore.fuse"
         )
 
 

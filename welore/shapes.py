@@ -74,7 +74,8 @@ def stand_in(model: PreTrainedModel, err: float, multiple: int = 1) -> dict[str,
         owed[component] = owed.get(component, 0.0) + err / (1 - left)
         cut = owed[component] >= 0.5
         owed[component] -= cut
-        rank = multiple * max(1, round(left * min(linear.out_features, linear.in_features) / multiple))
+        most = min(linear.out_features, linear.in_features)
+        rank = min(most, multiple * max(1, round(left * most / multiple)))
         ranks[name] = rank if cut else None
     return ranks
 

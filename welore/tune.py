@@ -64,7 +64,7 @@ def tune(
         with frozen_weights_in(twin, None if config.trainer.shards else autocast):  # a weight that is cast is whole
             fit(config.trainer, tuner, batches, validation, folder, autocast, loggers, throughput, watching)
         memory = peak.metrics(metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
-    gradients = trained * torch.float32.itemsize  # where modes take turns, more than there are at any time
+    gradients = trained * torch.float32.itemsize  # more than there are at a time where modes take turns
     optimizer = tuner.optimizers(use_pl_optimizer=False)
     state = (gradients + state_bytes(optimizer)) / GIB
     optimizer.release()  # gradients are no part of the model that is measured now
