@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from welore.bench import IMPLEMENTATIONS, Steps, compressed, flops_limit, stand_in_model, write
-from welore.cache import Cache
+from welore.bench import IMPLEMENTATIONS, Steps, flops_limit, subject, write
 from welore.config import compose, to_config
 from welore.measure import GIB, give_back, peak_memory
 from welore.memory import Step, predict
@@ -42,11 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = to_config(compose([f"model={arguments.model}", *arguments.overrides]))
     device = config.trainer.place()
-    if arguments.random:
-        model = stand_in_model(config, device, arguments.multiple)
-    else:
-        model, _ = compressed(config, device, Cache(Path(config.outputs) / ".cache"))
-    model.train()
+    model = subject(config, device, arguments.random, arguments.multiple).train()
     modes = {name: to_config(compose([f"mode={name}"])).mode for name in MODES}
     rows = []
     for tokens in arguments.tokens:

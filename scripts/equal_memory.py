@@ -25,8 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from welore.bench import compressed, measured, stand_in_model, write
-from welore.cache import Cache
+from welore.bench import measured, stand_in_model, subject, write
 from welore.config import Config, compose, to_config
 from welore.measure import GIB, give_back
 from welore.memory import Step, largest_batch
@@ -45,7 +44,7 @@ def one(arguments: argparse.Namespace, mode: str, gib: float, recompute: bool) -
     if arguments.random:
         bare = stand_in_model(config, torch.device("meta"), arguments.multiple)
     else:
-        bare = without_storage(subject(arguments, config, device))
+        bare = without_storage(subject(config, device, False, 1))
     step = Step(1, arguments.length, config.model.autocast, recompute)
     largest = largest_batch(bare, config.mode, select(bare, config.mode), step, gib)
     if largest == 0 or arguments.predict:
@@ -62,17 +61,12 @@ def one(arguments: argparse.Namespace, mode: str, gib: float, recompute: bool) -
     return {"largest batch": largest, "out of memory": True}
 
 
-def subject(arguments: argparse.Namespace, config: Config, device: torch.device) -> PreTrainedModel:
-    if arguments.random:
-        return stand_in_model(config, device, arguments.multiple)
-    return compressed(config, device, Cache(Path(config.outputs) / ".cache"))[0]
-
-
 def tried(arguments: argparse.Namespace, config: Config, device: torch.device, step: Step) -> dict | None:
     """What was measured of a step; None where it ran out of memory."""
     give_back(device)  # on a GPU what ran before
     try:
-        return measured(subject(arguments, config, device), config, step, steps=1)[1]
+        model = subject(config, device, arguments.random, arguments.multiple)
+        return measured(model, config, step, steps=1)[1]
     except torch.cuda.OutOfMemoryError:
         return None
 

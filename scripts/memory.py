@@ -70,6 +70,8 @@ def measure(config: Config, step: Step) -> dict:
 
 def show(arguments: argparse.Namespace) -> None:
     config = to_config(compose(arguments.overrides))
+    if arguments.out and not arguments.measure:
+        raise Refused(f"--out {arguments.out} is for what is measured. Write --measure too, or leave it out.")
     if arguments.batch < 1 or arguments.length < 2:
         raise Refused(f"--batch {arguments.batch} --length {arguments.length} is no step. Write 1 and 2 or more.")
     if not config.mode.trains:

@@ -34,12 +34,8 @@ from welore.svd import Plain
 from welore.trainer import discard_checkpoints
 
 ROOT = Path(__file__).parent.parent
-MAY_LACK = (
-    "lm_eval",
-    "there is a GPU",
-    "needs a GPU",
-    "needs bitsandbytes",
-)  # in the reason of a test that is skipped in CI
+# In the reason of a test that is skipped in CI.
+MAY_LACK = ("lm_eval", "there is a GPU", "needs a GPU", "needs bitsandbytes")
 SIZES = dict(
     vocab_size=67,
     hidden_size=32,

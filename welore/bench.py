@@ -86,6 +86,14 @@ def stand_in_model(config: Config, device: torch.device, multiple: int = 1) -> P
     return model
 
 
+def subject(config: Config, device: torch.device, random: bool, multiple: int) -> PreTrainedModel:
+    """The compressed model of a config, or its stand-in; `multiple` is of the ranks of a stand-in."""
+    if random:
+        return stand_in_model(config, device, multiple)
+    # The cache of all runs: the decomposition is not what is measured.
+    return compressed(config, device, Cache(Path(config.outputs) / ".cache"))[0]
+
+
 class Steps:
     """Optimizer steps of one mode on one compressed model, on which other modes may have their turns in between."""
 
@@ -127,7 +135,7 @@ class Steps:
             self.optimizer.release()
 
     def _step(self) -> None:
-        self._backward(self._forward())
+        self._forward().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -136,13 +144,10 @@ class Steps:
             total, scored = self.loss(self.ids_BL, self.ids_BL)
         return total / scored
 
-    def _backward(self, loss: Tensor) -> None:
-        loss.backward()
-
     def _phases(self) -> dict[str, float]:
         device, found, losses = self.ids_BL.device, {}, []
         found["forward"] = seconds(lambda: losses.append(self._forward()), device)
-        found["backward"] = seconds(lambda: self._backward(losses.pop()), device)
+        found["backward"] = seconds(lambda: losses.pop().backward(), device)
         for name in IMPLEMENTATIONS:
             self._step_as(name)
             found[name] = seconds(self.optimizer.step, device)
