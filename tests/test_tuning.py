@@ -295,11 +295,21 @@ def test_table_5_compares_modes_at_their_own_rates(tmp_path):
     better = {"lora": 20.0, "galore": -20.0, "welore": 0.0}
     page = table5.render(whole("table5", tmp_path, lambda cell: best_at_default(cell) + better[cell["mode"]]))
     found = said(page)
-    assert found["WeLore is better than LoRA at every err (Table 5)"] == "holds (2 of 2)"
-    assert found[f"the same, below lora {tuning.SURELY}"] == "holds (2 of 2)"
+    assert found["WeLore is better than LoRA at every err (Table 5)"] == "holds (5 of 5)"  # four of K-FAC, one plain
+    assert found[f"the same, below lora {tuning.SURELY}"] == "holds (5 of 5)"
     assert found["WeLore is better than GaLore at every err (Table 5)"].startswith("does not hold")
     line = dict(zip(page.header, page.body[0], strict=True))
     assert (line["paper, tuned"], line["paper, MB"]) == ("8.21", "26,859")
+
+
+def test_table_5_takes_the_rates_of_err_05_to_the_models_that_are_cut_deeper(tmp_path):
+    best = {("lora", 0.3): 0.0003125, ("lora", 0.5): 0.005, ("galore", 0.5): 0.0005, ("welore", 0.5): 0.000125}
+    rows = whole(
+        "table5", tmp_path, lambda c: 100.0 + 50.0 * (c["mode.lr"] != best.get((c["mode"], c["err"]), 0.0005))
+    )
+    deeper = [row.cell for row in rows if row.cell["err"] in (0.6, 0.7)]
+    assert len(deeper) == 18 and all(cell["mode.lr"] == best[cell["mode"], 0.5] for cell in deeper)
+    assert {cell["seed"] for cell in deeper} == {0, 1, 2} and all(cell["svd"] == "kfac" for cell in deeper)
 
 
 def test_who_learns_tells_repair_from_learning(tmp_path):
