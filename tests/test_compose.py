@@ -1,7 +1,7 @@
 """Every option of svd, ranks, refine, prune and mode composes with every other: whole runs of a one-layer model.
 
-Options are found by their files. By default a sample runs in which every pair of options meets; `slow` adds the whole
-cross of svd, ranks and prune.
+Options are found by their files. All are slow: a sample in which every pair of options meets, and the whole cross of
+svd, ranks and prune.
 """
 
 import itertools
@@ -134,11 +134,13 @@ def all_pairs():
         yield from itertools.product(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", SAMPLE, ids=" ".join)
 def test_any_two_options_compose(cell, ran):
     check(*ran(cell))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", options("mode", *MODES, *EIGHT_BIT))
 def test_every_other_mode_trains_a_pruned_model_under_autocast(mode, ran):
     where = "nlrc" if mode in ("mode=sv", "mode=lora_xs") else "all"

@@ -569,6 +569,7 @@ def test_laptop_cells_read_c4_where_it_is_there(tmp_path, monkeypatch):
     assert (cell["task"], cell["task.path"]) == ("c4", str(tmp_path / "c4"))
 
 
+@pytest.mark.slow
 def test_a_printed_command_makes_the_cell_that_is_missing(tmp_path, capsys):
     done = fill("table1", tmp_path, count=18)
     assert main(["table1", f"outputs={tmp_path}"]) == 1
@@ -612,6 +613,7 @@ def test_a_failed_run_does_not_hide_a_finished_one(tmp_path):
     assert not find([cell], str(tmp_path))[0].missing
 
 
+@pytest.mark.slow
 def test_the_listing_counts_done_and_missing_cells(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("experiments.__main__.SCALES", ("laptop",))
     fill("figure3", tmp_path)

@@ -195,7 +195,7 @@ def test_an_endpoint_that_is_not_there_is_named(judge, kept):
 
 @pytest.mark.parametrize("date", [False, True])
 def test_an_endpoint_that_asks_to_wait_is_given_the_time(judge, kept, date):
-    until = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True) if date else "0.5"
+    until = format_datetime(datetime.now(UTC) + timedelta(seconds=4), usegmt=True) if date else "0.5"
     with serving(plan=[{"status": 429, "headers": {"Retry-After": until}}]) as server:
         judge(server).judgments(requests(1), kept, CPU, "judgments")
     first, second = (call["at"] for call in server.calls)

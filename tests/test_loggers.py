@@ -117,6 +117,7 @@ def test_the_offline_run_holds_what_a_record_is_made_of_again(offline_run):
     assert {"history.jsonl", "ranks.json", "spectra.safetensors"} <= saved
 
 
+@pytest.mark.slow
 def test_what_a_probe_adds_to_a_finished_run_goes_to_its_run_there_with_all_the_rest(tmp_path):
     probe = ["probe=trained", "probe.layers=[1]", "probe.length=16", "probe.windows=2", "probe.curvature_windows=1"]
     probe += ["probe.steps=6", "probe.eigenvalues=2", "probe.samples=1"]
@@ -148,6 +149,7 @@ def test_a_run_that_fails_is_a_failed_run_there_too_and_says_why(tmp_path):
     assert found["compressed/breaks_at"] == "model.layers.1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("breaks", ["compress", "checkpoint.save"])
 def test_a_run_that_dies_before_it_trains_or_when_it_is_saved_is_a_failed_run_there_too(tmp_path, monkeypatch, breaks):
     def end(*_):

@@ -98,6 +98,7 @@ BASELINES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_every_baseline_learns_from_random_weights_and_leaves_snapshots(configured, text_file, tmp_path, baseline):
     sizes = ["task.training.steps=40", "task.training.accumulate=1"]

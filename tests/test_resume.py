@@ -90,8 +90,8 @@ NOT_HERE = {
 }
 
 
-# Three whole runs each: the default tests take the plainest and the one with most state.
-QUICK = ("welore", "lisa in the middle of a turn")
+# Three whole runs each: the default tests take the one with most state.
+QUICK = ("lisa in the middle of a turn",)
 TABLE = [pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) for k, v in MODES.items()]
 
 
@@ -131,6 +131,7 @@ def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch,
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["training_step", "on_validation_epoch_start"])
 def test_a_signal_in_the_last_step_or_the_validation_after_it_stops_the_run_before_it_is_measured(
     tmp_path, monkeypatch, at
@@ -152,6 +153,7 @@ def test_a_signal_in_the_last_step_or_the_validation_after_it_stops_the_run_befo
     assert resumed.metrics["tuned/perplexity"] == whole.metrics["tuned/perplexity"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("minutes", "saved"), [(0, 12), (20, 4), (100000, 0)])
 def test_a_checkpoint_is_written_after_the_step_in_which_its_minutes_have_passed(
     tmp_path, monkeypatch, minutes, saved
@@ -209,10 +211,10 @@ OTHERWISE = {
     "factors under nothing that trains": (["mode=nlrc"], turn_signs, runner, "compress"),
     "vectors beside what trains": (["mode=lora_xs"], turn_vectors, LoraXs, "prepare"),
 }
-CHANGED = [pytest.param(*v, id=k, marks=[] if "adapters" in k else [pytest.mark.slow]) for k, v in OTHERWISE.items()]
 
 
-@pytest.mark.parametrize(("overrides", "change", "place", "name"), CHANGED)
+@pytest.mark.slow
+@pytest.mark.parametrize(("overrides", "change", "place", "name"), OTHERWISE.values(), ids=OTHERWISE)
 def test_a_run_does_not_go_on_upon_another_base(tmp_path, monkeypatch, overrides, change, place, name):
     stop_in_step_5(tmp_path, monkeypatch, *overrides)
     with monkeypatch.context() as patched, pytest.raises(Refused, match="came out otherwise.*force=true"):

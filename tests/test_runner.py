@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from welore import runner
+from welore import runner, tune
 from welore.config import compose, to_config
 from welore.errors import Refused
 from welore.evaluate import perplexity
@@ -39,6 +39,7 @@ def test_the_same_text_in_other_windows_has_a_dense_perplexity_of_its_own(tmp_pa
     assert found[0]["dense/perplexity"] != found[1]["dense/perplexity"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_gradient_of_the_training_is_held_while_the_tuned_model_is_measured(tmp_path, monkeypatch, dtype):
     held, measure = [], runner.measure
@@ -62,8 +63,7 @@ def test_what_a_mode_cannot_do_costs_no_compression(tmp_path):
 
 @pytest.mark.parametrize(("gap", "said"), [(1, False), (2, True), (200, True)])
 def test_a_projection_that_no_step_renews_is_announced(tmp_path, capsys, gap, said):
-    config = config_of(tmp_path, "mode=galore", "mode.rank=8", f"mode.gap={gap}", "task.training.steps=2")
-    run(config, tmp_path / "run")
+    tune._say_if_fixed(config_of(tmp_path, "mode=galore", f"mode.gap={gap}").mode, 2)
     assert (f"mode.gap={gap}: what the first step draws stays for all 2 steps" in capsys.readouterr().err) is said
 
 
@@ -132,6 +132,7 @@ def models_alive():
     return [thing for thing in gc.get_objects() if isinstance(thing, PreTrainedModel)]
 
 
+@pytest.mark.slow
 def test_a_finished_run_holds_no_model_in_memory(tmp_path):
     before = models_alive()  # those of the fixtures, held here so that their identities stay taken
     known = {id(model) for model in before}

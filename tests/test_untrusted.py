@@ -91,6 +91,7 @@ def modules(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "modules")
 
 
+@pytest.mark.slow
 def test_a_model_with_code_that_is_trusted_by_name_is_compressed_saved_and_loaded(
     pristine, configured, modules, tmp_path
 ):

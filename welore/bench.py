@@ -11,6 +11,7 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from welore.cache import Cache, whole
@@ -98,7 +99,7 @@ class Steps:
     """Optimizer steps of one mode on one compressed model, on which other modes may have their turns in between."""
 
     def __init__(self, model: nn.Module, mode: Mode, dtype: str | None, batch: int, length: int):
-        self.model, self.dtype = model, dtype
+        self.model, self.mode, self.dtype = model, mode, dtype
         self.parameters = select(model, mode)
         self.optimizer = mode.optimizer(self.parameters)
         self.optimizer.release()
@@ -120,6 +121,21 @@ class Steps:
         """
         with self._attached():
             return [self._phases() for _ in range(count + 1)][1:]
+
+    def flops(self) -> dict[str, float]:
+        """Of a token in the forward and the backward pass of the first step: products of matrices, as torch runs them.
+
+        The optimizer is not in it, nor is elementwise work; attention between the tokens of a sequence is.
+        """
+        with self._attached():
+            self.mode.begin_step(0, self.optimizer)
+            with FlopCounterMode(display=False) as forward:
+                loss = self._forward()
+            with FlopCounterMode(display=False) as backward:
+                loss.backward()
+            self.optimizer.zero_grad()
+        counted = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
+        return {phase: flops / self.ids_BL.numel() for phase, flops in counted.items()}
 
     @contextmanager
     def _attached(self) -> Iterator[None]:

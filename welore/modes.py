@@ -89,8 +89,13 @@ class Adam(Mode):
                 f"Write lr > 0, two betas with 0 <= beta < 1, eps > 0 and weight_decay >= 0."
             )
 
+    @property
+    def adam(self) -> dict[str, Any]:
+        """What every optimizer here takes."""
+        return dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
+
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return AdamW(parameters, lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
+        return AdamW(parameters, **self.adam)
 
     def normalizations(self, model: PreTrainedModel) -> list[nn.Parameter]:
         return norm_parameters(model) if self.norms else []
@@ -156,8 +161,7 @@ class GaLore(Full):
             )
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
-        return GaLoreAdamW(parameters, rank=self.rank, gap=self.gap, scale=self.scale, **options)
+        return GaLoreAdamW(parameters, rank=self.rank, gap=self.gap, scale=self.scale, **self.adam)
 
 
 @dataclass

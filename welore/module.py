@@ -52,11 +52,16 @@ class Tuner(LightningModule):
         total, _ = self.loss(batch["ids_BL"], batch["labels_BL"])
         # A mean over the tokens of the whole step; Lightning divides by the number of passes and that of processes.
         loss = total / batch["scored"] * self.training_config.accumulate * processes.count()
-        if self._anywhere(not math.isfinite(float(loss.detach()))):
-            raise FloatingPointError(f"the loss of step {self.global_step} is {self._not_finite(loss, batch)}")
-        self._step_loss += float(loss.detach()) / self.training_config.accumulate
-        self.tokens_seen += int(batch["real"])
+        self._pass = loss.detach(), batch
         return loss
+
+    def on_after_backward(self) -> None:
+        """Read the loss where both passes are under way: before them a GPU would wait for it in between."""
+        loss, batch = float(self._pass[0]), self._pass[1]
+        if self._anywhere(not math.isfinite(loss)):
+            raise FloatingPointError(f"the loss of step {self.global_step} is {self._not_finite(loss, batch)}")
+        self._step_loss += loss / self.training_config.accumulate
+        self.tokens_seen += int(batch["real"])
 
     def _anywhere(self, here: bool) -> bool:
         """Whether it is so in any process: what one of them raises alone leaves the others waiting for its share."""
@@ -64,10 +69,10 @@ class Tuner(LightningModule):
             return here
         return bool(self.trainer.strategy.reduce(torch.tensor(int(here), device=self.device), reduce_op="max"))
 
-    def _not_finite(self, loss: Tensor, batch: dict[str, Tensor]) -> str:
+    def _not_finite(self, loss: float, batch: dict[str, Tensor]) -> str:
         if processes.count() > 1:  # a layer that is cut is whole only where all of them compute it
             return f"not finite in at least one of {processes.count()} processes"
-        return f"{float(loss.detach())}; it starts in {first_not_finite(self.model, batch['ids_BL'])}"
+        return f"{loss}; it starts in {first_not_finite(self.model, batch['ids_BL'])}"
 
     def on_train_batch_end(self, outputs, batch, index) -> None:
         if (index + 1) % self.training_config.accumulate:

@@ -19,8 +19,7 @@ class Fira(GaLore):
     """GaLore plus the rest of each gradient, scaled as Adam scales the projected part."""
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
-        return FiraOptimizer(parameters, rank=self.rank, gap=self.gap, scale=self.scale, **options)
+        return FiraOptimizer(parameters, rank=self.rank, gap=self.gap, scale=self.scale, **self.adam)
 
 
 @dataclass
@@ -36,9 +35,8 @@ class Apollo(GaLore):
             raise Refused(f"mode.per={self.per} is unknown. Write channel, or tensor (APOLLO-Mini, with mode.rank=1).")
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
-        options |= dict(rank=self.rank, gap=self.gap, scale=self.scale, per=self.per, seed=self.seed)
-        return ApolloOptimizer(parameters, **options)
+        drawn = dict(rank=self.rank, gap=self.gap, scale=self.scale, per=self.per, seed=self.seed)
+        return ApolloOptimizer(parameters, **drawn, **self.adam)
 
 
 @dataclass
@@ -57,8 +55,7 @@ class Muon(Full):
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         from welore.muon import MuonAdamW
 
-        options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
-        return MuonAdamW(parameters, momentum=self.momentum, **options)
+        return MuonAdamW(parameters, momentum=self.momentum, **self.adam)
 
 
 class EightBit:
@@ -87,8 +84,7 @@ class EightBit:
         import bitsandbytes
 
         kind = type("AdamW8bit", (Float32Masters, bitsandbytes.optim.AdamW8bit), {})
-        options = dict(lr=self.lr, betas=tuple(self.betas), eps=self.eps, weight_decay=self.weight_decay)
-        return kind(parameters, **options)
+        return kind(parameters, **self.adam)
 
 
 @dataclass
