@@ -125,7 +125,8 @@ class Steps:
     def flops(self) -> dict[str, float]:
         """Of a token in the forward and the backward pass of the first step: products of matrices, as torch runs them.
 
-        The optimizer is not in it, nor is elementwise work; attention between the tokens of a sequence is.
+        Elementwise work, the optimizer and what a CPU does for attention are not in it. The gradient of the inputs of
+        the head counts as forward, where the loss forms it.
         """
         with self._attached():
             self.mode.begin_step(0, self.optimizer)
