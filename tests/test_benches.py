@@ -95,10 +95,13 @@ def test_memory_of_inference_can_be_measured_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_flops_of_a_step_are_counted_for_every_mode_that_a_machine_without_a_gpu_trains(tmp_path):
-    found = figures("step_flops", tmp_path, "--model=tiny", "--length=16", overrides=("err=0.5", "trainer=cpu"))
+def test_the_flops_of_a_step_are_counted_for_each_mode_on_a_model_of_its_own(tmp_path):
+    modes = ("--modes", "lora", "welore", "full", "sv")  # adapters first: they are put on a copy
+    found = figures(
+        "step_flops", tmp_path, "--model=tiny", "--length=16", *modes, overrides=("err=0.5", "trainer=cpu")
+    )
     rows = found["flops a token"]
-    assert {"welore", "full", "lora", "lisa", "sv"} <= rows.keys() and "welore_8bit" not in rows
     assert all(row["step"] == row["forward"] + row["backward"] for row in rows.values())
-    assert rows["sv"]["step"] < rows["welore"]["step"] < rows["full"]["step"] == rows["galore"]["step"]
+    assert rows["sv"]["step"] < rows["welore"]["step"] < rows["full"]["step"]
+    assert rows["sv"]["forward"] == rows["welore"]["forward"] < rows["lora"]["forward"]
     assert found["commit"]
