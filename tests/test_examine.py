@@ -10,9 +10,13 @@ PROMPTS = ["The coin is", "A coin is heads up, and then somebody flips it. It is
 
 
 def sitting(
-    batch=2, scoring="both", read=lambda text: text.strip()[:1] or None, right=lambda read, item: read == item.answer
+    batch=2,
+    scoring="both",
+    read=lambda text: text.strip()[:1] or None,
+    right=lambda read, item: read == item.answer,
+    tokens=None,
 ):
-    return Sitting(True, batch, 4, scoring, read, right)
+    return Sitting(True, batch, 4, scoring, read, right, tokens)
 
 
 def exam(tokenizer, items=None, **options):
@@ -69,6 +73,22 @@ def test_verdicts_do_not_depend_on_the_batch(model, tokenizer, scoring):
     verdicts = [[(a.get("verdict"), a.get("option")) for a in outcome.answers] for outcome in (one, many)]
     assert verdicts[0] == verdicts[1]
     assert {k: v for k, v in one.stage.items()} == many.stage
+
+
+@pytest.mark.parametrize("scoring", ["written", "likelihood"])
+def test_a_pass_holds_whole_batches_where_its_tokens_are_not_capped(model, tokenizer, scoring):
+    items = [Item(f"{place} {'word ' * 70}It is", "yes", ("yes", "no")) for place in range(8)]
+    rows = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+
+    def found(tokens):
+        rows.clear()
+        answers = exam(tokenizer, items, batch=8, scoring=scoring, tokens=tokens).measure(model, None, "x").answers
+        return [(a.get("verdict"), a.get("option")) for a in answers], max(rows)
+
+    (capped, few), (whole, many) = found(800), found(10**9)
+    assert (few, many) == (2, 8) and capped == whole
+    assert exam(tokenizer, tokens=800).identity != exam(tokenizer).identity
 
 
 def test_every_question_is_in_the_denominator_and_what_cannot_be_read_is_wrong(model, tokenizer):

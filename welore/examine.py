@@ -37,7 +37,8 @@ class Item:
 @dataclass(frozen=True)
 class Sitting:
     """How questions are asked. `special` says whether prompts lack the special tokens of a text's beginning; `read`
-    finds an answer in what was written, `right` compares it with the right one."""
+    finds an answer in what was written, `right` compares it with the right one. A pass holds at most `batch` sequences
+    and `tokens` tokens, padding included; None is what suits the device."""
 
     special: bool
     batch: int
@@ -45,6 +46,7 @@ class Sitting:
     scoring: str
     read: Callable[[str], str | None]
     right: Callable[[str, Item], bool]
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Exam(Benchmark):
     def identity(self) -> tuple[str | bytes, ...]:
         sitting = self.sitting
         how = f"{self.title} {sitting.special} {sitting.new_tokens} {sitting.scoring} {sitting.batch}"
+        if sitting.tokens is not None:
+            how += f" {sitting.tokens}"
         return how, json.dumps([astuple(item) for item in self.items]), json.dumps(self.prompts)
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
@@ -168,8 +172,8 @@ class Exam(Benchmark):
     def _written(self, model: PreTrainedModel, dtype: str | None, items: list[Item], stage: str) -> list[Continuation]:
         prompts = self.prompts if items is self.items else self.encoded(items)
         sitting, ends = self.sitting, self.tokenizer.eos_token_id
-        title = f"{stage} answers"
-        return write_greedily(model, self.tokenizer, prompts, sitting.batch, sitting.new_tokens, ends, dtype, title)
+        how = sitting.batch, sitting.new_tokens, ends, dtype, f"{stage} answers", sitting.tokens or PASS_TOKENS
+        return write_greedily(model, self.tokenizer, prompts, *how)
 
     @torch.no_grad()
     def _likelihoods(self, model, dtype, items: list[Item], stage: str) -> list[list[Scored]]:
@@ -183,8 +187,8 @@ class Exam(Benchmark):
             wanted.setdefault(tuple(ids[:-1]), []).append(Asked(place, option, start, ids[-1]))
         sequences, asked = [list(ids) for ids in wanted], list(wanted.values())
         found: list[dict[str, Scored]] = [{} for _ in items]
-        tokens = CPU_TOKENS if next(model.parameters()).device.type == "cpu" else PASS_TOKENS
-        for places in passes(sequences, self.sitting.batch, f"{stage} options", tokens):
+        suited = CPU_TOKENS if next(model.parameters()).device.type == "cpu" else PASS_TOKENS
+        for places in passes(sequences, self.sitting.batch, f"{stage} options", self.sitting.tokens or suited):
             together = [sequences[place] for place in places]
             for scored in self._score(model, dtype, together, [asked[place] for place in places]):
                 found[scored.place][scored.option] = scored

@@ -60,6 +60,7 @@ def write_greedily(
     ends: int | list[int] | None,
     dtype: str | None,
     title: str,
+    tokens: int = PASS_TOKENS,
 ) -> list[Continuation]:
     """What the model writes after each prompt, up to one of the tokens `ends` and without special tokens."""
     device, pad = next(model.parameters()).device, padding(tokenizer)
@@ -72,7 +73,7 @@ def write_greedily(
         eos_token_id=ends,
     )
     written = [Continuation("")] * len(prompts)
-    for places in passes(prompts, batch, title):
+    for places in passes(prompts, batch, title, tokens):
         length = max(len(prompts[place]) for place in places)
         ids_BL = torch.full((len(places), length), pad)
         real_BL = torch.zeros(len(places), length, dtype=torch.long)
