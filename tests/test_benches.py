@@ -8,6 +8,12 @@ import sys
 import pytest
 from conftest import ROOT
 
+from welore.examine import Item
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from bench_questions import MANY, ONE, WHOLE, agreement, sample
+
 TINY = ("model=tiny", "trainer=cpu")
 
 
@@ -105,3 +111,41 @@ def test_the_flops_of_a_step_are_counted_for_each_mode_on_a_model_of_its_own(tmp
     assert rows["sv"]["step"] < rows["welore"]["step"] < rows["full"]["step"]
     assert rows["sv"]["forward"] == rows["welore"]["forward"] < rows["lora"]["forward"]
     assert found["commit"]
+
+
+@pytest.mark.slow
+def test_questions_are_asked_in_every_way_and_what_cannot_be_read_agrees_with_nothing(tmp_path):
+    sizes = ("--task=coinflip", "--questions=5", "--batch=2", "--rounds=1")
+    found = figures("bench_questions", tmp_path, *sizes, "--whole")
+    ways = [f"{kind}, {how}" for how in (ONE, MANY, WHOLE) for kind in ("written", "likelihood")]
+    assert list(found["questions per second"]) == list(found["verdicts"]) == ways
+    speed, ratios = found["questions per second"], found["ratios"]
+    assert len(ratios) == 3 and found["commit"] and found["questions"] == 4  # whole batches
+    ours = speed["likelihood, in batches"] / speed["written, one by one"]
+    assert ratios["likelihood in batches / written one by one"] == ours
+    for how in (MANY, WHOLE):
+        written, likely = (found[f"agreement with {ONE}"][f"{kind}, {how}"] for kind in ("written", "likelihood"))
+        assert written["same"] == likely["same"] == likely["readable and same"] == 4
+        assert written["readable"] == written["readable and same"] == 0 == found["verdicts"][ways[0]].get("right", 0)
+        assert likely["largest difference in nats"] < 1e-3
+
+
+def test_two_answers_that_nobody_can_read_are_no_readable_agreement():
+    one, many = (
+        [{"verdict": v} for v in vs] for vs in (("right", "unparsed", "wrong"), ("right", "unparsed", "unparsed"))
+    )
+    found = {"questions": 3, "same": 2, "readable": 2, "readable and same": 1}
+    assert agreement(one, many, "verdict") == found
+
+
+def test_likelihoods_of_a_model_that_breaks_have_no_difference():
+    broken = [{"option": "broken", "nats": {"yes": float("nan"), "no": -1.0}}]
+    found = agreement(broken, [{"option": "right", "nats": {"yes": -1.5, "no": -1.25}}], "option")
+    assert (found["same"], found["readable"], found["largest difference in nats"]) == (0, 1, 0.25)
+    assert agreement(broken, broken, "option")["readable"] == 0
+
+
+@pytest.mark.parametrize("count", [0, 7, 20])
+def test_all_questions_are_asked_once(count):
+    items = [Item("so " * length, "yes") for length in range(7)]
+    assert sample(items, count, 2) == items and len(sample(items, 4, 2)) == 4

@@ -1,13 +1,16 @@
 """What benchmarks measure: a compressed model, steps of a mode on it, and what FLOPs and bytes allow."""
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +19,7 @@ from transformers import PreTrainedModel
 
 from welore.cache import Cache, whole
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
-from welore.config import Config
+from welore.config import Config, fingerprint
 from welore.errors import Refused
 from welore.evaluate import autocast, causal_loss, frozen_weights_in
 from welore.fit import recomputed
@@ -27,6 +30,9 @@ from welore.memory import Footprint, Step, predict
 from welore.models import components, count_bytes
 from welore.modes import Mode, select
 from welore.provenance import commit, environment
+from welore.ranks import Plan
+from welore.records import Record
+from welore.rounds import compress
 from welore.shapes import drawn, factor, sizes_of, stand_in
 
 # Of AdamW: fused, as we run it, and a loop over the parameters, as it was before.
@@ -75,6 +81,18 @@ def compressed(config: Config, device: torch.device, cache: Cache) -> tuple[nn.M
         },
     }
     return model, found | {"plan": {"err": plan.err, "keep": plan.keep}}
+
+
+def as_a_run(config: Config, device: torch.device, cache: Cache) -> tuple[PreTrainedModel, Any, Plan]:
+    """The model of a config as a run compresses it, calibrated where an option asks for that, its tokenizer, and the
+    plan. Nothing is measured."""
+    torch.manual_seed(config.seed)
+    model, tokenizer = config.model.load(cache.folder, config.task.training_texts)
+    weights = weight_digests(model)
+    record = Record(fingerprint(config), "failed", asdict(config))
+    with tempfile.TemporaryDirectory() as folder:
+        plan = compress(model.to(device), tokenizer, weights, config, Path(folder), cache, record)
+    return model, tokenizer, plan
 
 
 def stand_in_model(config: Config, device: torch.device, multiple: int = 1) -> PreTrainedModel:
