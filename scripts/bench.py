@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from welore.bench import Steps, compressed, flops_limit, seconds, write
+from welore.bench import Steps, compressed, flops_limit, write
 from welore.cache import Cache
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import Config, compose, to_config
 from welore.loss import linear_cross_entropy
-from welore.measure import GIB, peak_memory
+from welore.measure import GIB, peak_memory, seconds
 from welore.models import components
 from welore.modes import Mode
 from welore.ranks import Budget

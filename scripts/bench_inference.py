@@ -1,7 +1,8 @@
 """Measure prefill and decoding of a compressed model against the dense one, beside what FLOPs and bytes allow.
 
 usage: python scripts/bench_inference.py [--model smollm2_135m] [--err 0.3 0.5] [--batch 1 4] [--prompt 512]
-           [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--random] [--out FILE.json] [overrides]
+           [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--random] [--compile]
+           [--out FILE.json] [overrides]
        python scripts/bench_inference.py --rounds 0 --batch 1 --prompt 512 1024 2048 4096      memory alone
        python scripts/bench_inference.py --model llama2_7b --random --err 0.3 0.5 0.7          on a GPU
 
@@ -9,11 +10,13 @@ Dense and compressed take turns on the same prompt, each as it is and fused (wel
 slower than it need be where a ratio of speeds is below both the ratio of FLOPs and that of bytes. On a GPU decoding is
 also measured as the replay of a captured graph. Peak memory is that of each model and length, as it is, at the largest
 batch, on a CPU in a process for each. With --random nothing is loaded or decomposed: random weights in the model's
-shapes, and a stand-in for ranks of each err.
+shapes, and a stand-in for ranks of each err. With --compile the dense, the compressed and the fused compressed models
+are measured behind torch.compile too, after the turns of the others, with the seconds of compiling beside the speed.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +33,16 @@ from welore.cache import Cache
 from welore.checkpoint import describe
 from welore.config import Config, compose, to_config
 from welore.fuse import fuse
-from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, prefill_flops, race
+from welore.inference import (
+    Speed,
+    cache_bytes,
+    compiled,
+    decode_bytes,
+    decode_flops,
+    generate,
+    prefill_flops,
+    race,
+)
 from welore.measure import GIB, give_back, peak_memory
 from welore.models import DTYPES, count_bytes
 
@@ -85,7 +97,7 @@ def compare(models: dict[str, PreTrainedModel], batch: int, length: int, argumen
     dense, small = models[DENSE], models[SMALL]
     found = race(models, prompt(dense, batch, length), arguments.decode, arguments.rounds)
     context = length + arguments.decode // 2
-    return {
+    row = {
         "batch": batch,
         "prompt": length,
         "tokens_per_second": {name: asdict(speed) for name, speed in found.items()},
@@ -95,6 +107,31 @@ def compare(models: dict[str, PreTrainedModel], batch: int, length: int, argumen
         "decode FLOPs ratio": decode_flops(dense, context) / decode_flops(small, context),
         "replayed ratio": {n: speed.replayed / found[DENSE].replayed for n, speed in found.items() if speed.replayed},
         "decode bytes ratio": decode_bytes(dense, batch, context) / decode_bytes(small, batch, context),
+    }
+    if arguments.compile:
+        row |= behind_compile(models, batch, length, arguments, found[DENSE])
+    return row
+
+
+def behind_compile(
+    models: dict[str, PreTrainedModel], batch: int, length: int, arguments: argparse.Namespace, dense: Speed
+) -> dict:
+    """All but the fused dense model behind torch.compile, and ratios to the dense one that is not.
+
+    On a GPU steps are replayed from a graph, compiled or not.
+    """
+    ids_BL = prompt(models[DENSE], batch, length)
+    found = {
+        name: compiled(model, ids_BL, arguments.decode, arguments.rounds)
+        for name, model in models.items()
+        if name == DENSE or name.startswith(SMALL)
+    }
+    return {
+        "compiled": {name: asdict(speed) for name, speed in found.items()},
+        "compiled prefill ratio": {name: speed.prefill / dense.prefill for name, speed in found.items()},
+        "compiled decode ratio": {
+            name: speed.decode / (dense.replayed or dense.decode) for name, speed in found.items()
+        },
     }
 
 
@@ -111,6 +148,13 @@ def line(row: dict) -> str:
         )
         if speed["replayed"]:
             lines[-1] += f"   replayed {speed['replayed']:7.1f} tokens/s, ratio {row['replayed ratio'][name]:.3f}"
+    for name, speed in row.get("compiled", {}).items():
+        lines.append(
+            f"  {name + ', compiled':30} prefill {speed['prefill']:8.1f} tokens/s, ratio"
+            f" {row['compiled prefill ratio'][name]:.3f}   decode {speed['decode']:7.1f} tokens/s, ratio"
+            f" {row['compiled decode ratio'][name]:.3f}   compiling {speed['prefill_seconds']:.0f} +"
+            f" {speed['decode_seconds']:.0f} s, the first {speed['same']} tokens the same"
+        )
     return "\n".join(lines)
 
 
@@ -176,6 +220,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3, help="of each model on each shape, in turns; 0: no speed")
     parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
+    parser.add_argument("--compile", action="store_true", help="measure behind torch.compile too")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_inference.json"), help="where the figures go")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as svd=plain (after a --)")
@@ -199,6 +244,9 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(memory(arguments, device)))
         return
+    # A folder of this process, or what an earlier one has compiled would make compiling seem quick.
+    kernels = tempfile.TemporaryDirectory()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = kernels.name
     how = {"model": composed.model.name, "random": arguments.random}
     how |= {key: getattr(arguments, key) for key in ("dtype", "decode", "multiple")}
     found: dict = {"speed": [], "memory": {}} | how

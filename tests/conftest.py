@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -35,7 +36,7 @@ from welore.trainer import discard_checkpoints
 
 ROOT = Path(__file__).parent.parent
 # In the reason of a test that is skipped in CI.
-MAY_LACK = ("lm_eval", "there is a GPU", "needs a GPU", "needs bitsandbytes")
+MAY_LACK = ("lm_eval", "there is a GPU", "needs a GPU", "needs bitsandbytes", "needs a C++ compiler")
 SIZES = dict(
     vocab_size=67,
     hidden_size=32,
@@ -204,6 +205,13 @@ def eight_bits(request, monkeypatch):
             return mode.optimizer(parameters)
 
     return optimizer
+
+
+@pytest.fixture(scope="session")
+def cpp_compiler():
+    """What torch.compile calls on a CPU."""
+    if not any(map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"])):
+        pytest.skip("torch.compile needs a C++ compiler, and there is none")
 
 
 @pytest.fixture

@@ -94,6 +94,19 @@ def test_inference_is_measured_by_length_and_a_compressed_model_as_it_was_saved(
 
 
 @pytest.mark.slow
+def test_compiled_models_stand_beside_the_others(tmp_path, cpp_compiler):
+    sizes = ("--model=tiny", "--err=0.5", "--batch=1", "--prompt=8", "--decode=5", "--rounds=1", "--compile")
+    found = figures("bench_inference", tmp_path, *sizes, overrides=("trainer=cpu",))
+    (row,) = found["speed"]
+    assert list(row["compiled"]) == ["dense", "compressed", "compressed fused"]
+    for name, speed in row["compiled"].items():
+        assert speed["same"] == 5 and speed["prefill_seconds"] > 0 < speed["decode_seconds"]
+        for phase in ("prefill", "decode"):
+            dense = row["tokens_per_second"]["dense"][phase]
+            assert row[f"compiled {phase} ratio"][name] == pytest.approx(speed[phase] / dense)
+
+
+@pytest.mark.slow
 def test_memory_of_inference_can_be_measured_alone(tmp_path):
     sizes = ("--model=tiny", "--err=0.5", "--prompt", "8", "--rounds=0")
     found = figures("bench_inference", tmp_path, *sizes, overrides=("trainer=cpu",))

@@ -7,7 +7,8 @@ import torch
 
 from welore.bench import measured, stand_in_model
 from welore.config import compose, to_config
-from welore.inference import generate, generate_replayed
+from welore.fuse import fuse
+from welore.inference import compiled, generate, generate_replayed
 from welore.measure import give_back
 from welore.memory import Step, predict
 from welore.models import components
@@ -52,6 +53,16 @@ def test_a_replayed_graph_writes_the_tokens_of_the_model():
     replayed, timing = generate_replayed(model, ids_BL, 12)
     assert torch.equal(tokens, replayed) and len(timing.steps) == 9
     assert tokens.unique().numel() > 12
+
+
+def test_a_compiled_step_can_be_captured_and_writes_the_tokens_of_the_model():
+    model, _ = middle()
+    model.requires_grad_(False)
+    for fused in (False, True):
+        if fused:
+            fuse(model)
+        found = compiled(model.float(), torch.randint(0, 32000, (2, 64), device=GPU), 8, 1)
+        assert found.same == 8 and found.decode_seconds > 0
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -4,7 +4,18 @@ import pytest
 import torch
 
 from welore.config import compose, to_config
-from welore.inference import cache_bytes, decode_bytes, decode_flops, generate, generate_replayed, prefill_flops, race
+from welore.fuse import fuse
+from welore.inference import (
+    Writer,
+    cache_bytes,
+    compiled,
+    decode_bytes,
+    decode_flops,
+    generate,
+    generate_replayed,
+    prefill_flops,
+    race,
+)
 from welore.lowrank import factored_ranks
 from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.ranks import Budget
@@ -25,6 +36,31 @@ def test_a_cache_of_fixed_size_changes_no_token(compressed):
     tokens, _ = generate(compressed, IDS_BL, 7)
     replayed, timing = generate_replayed(compressed, IDS_BL, 7)
     assert torch.equal(tokens, replayed) and len(timing.steps) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "compressed", "fused"])
+def test_a_compiled_model_writes_the_same_tokens(kind, pristine, compressed, cpp_compiler):
+    model = pristine[0] if kind == "dense" else compressed
+    if kind == "fused":
+        fuse(model)
+    found = compiled(model, IDS_BL, 7, 2)
+    assert found.same == 7
+    # Compiling is not in the speed.
+    assert min(found.prefill_seconds, found.decode_seconds) > 10 * IDS_BL.numel() / found.prefill
+
+
+def test_a_writer_goes_on_from_the_prompt_every_time(compressed):
+    steps = []
+
+    def step(**inputs):
+        steps.append(inputs["input_ids"])
+        return compressed(**inputs)
+
+    writer = Writer(compressed, IDS_BL, 7, step)
+    first, second = writer.write(), writer.write()
+    assert torch.equal(first[0], second[0]) and torch.equal(first[0], generate(compressed, IDS_BL, 7)[0])
+    assert len(steps) == 12  # all but the prefill
 
 
 def test_a_race_gives_every_model_a_speed(compressed, pristine):

@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from welore.evaluate import autocast, causal_loss, frozen_weights_in
 from welore.fit import recomputed
 from welore.inference import head_size
 from welore.lowrank import LowRankLinear
-from welore.measure import GIB, give_back, peak_memory, synchronize
+from welore.measure import GIB, give_back, peak_memory, seconds, synchronize
 from welore.memory import Footprint, Step, predict
 from welore.models import components, count_bytes
 from welore.modes import Mode, select
@@ -47,14 +47,6 @@ def write(out: Path, found: dict, device: torch.device) -> None:
         known["bitsandbytes"] = version("bitsandbytes")
     with whole(out) as part:
         part.write_text(json.dumps(found | known, indent=2))
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - start
 
 
 def compressed(config: Config, device: torch.device, cache: Cache) -> tuple[nn.Module, dict]:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 from welore.lowrank import LowRankLinear
-from welore.measure import synchronize
+from welore.measure import seconds, synchronize
 from welore.models import components, count_bytes
 
 
@@ -33,20 +34,19 @@ def generate(model: PreTrainedModel, ids_BL: Tensor, new: int) -> tuple[Tensor, 
     The prefill forms the logits of its last position alone, as every generation does.
     """
     device, cache, inputs = ids_BL.device, None, ids_BL
-    tokens, seconds = [], []
+    tokens, taken = [], []
     for _ in range(new):
         synchronize(device)
         start = time.perf_counter()
         output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         inputs = output.logits[:, -1].argmax(dim=-1, keepdim=True)
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        taken.append(time.perf_counter() - start)
         cache = output.past_key_values
         tokens.append(inputs)
-    return torch.cat(tokens, dim=1), Timing(seconds[0], seconds[2:])
+    return torch.cat(tokens, dim=1), Timing(taken[0], taken[2:])
 
 
-@torch.inference_mode()
 def generate_replayed(model: PreTrainedModel, ids_BL: Tensor, new: int) -> tuple[Tensor, Timing]:
     """The tokens of `generate`, 4 or more, from a cache of fixed size, so that every step is the same work.
 
@@ -54,32 +54,41 @@ def generate_replayed(model: PreTrainedModel, ids_BL: Tensor, new: int) -> tuple
     more with factors than without, and Python takes longer to launch them than the GPU takes to run them. Elsewhere
     nothing is captured. Timed are the steps from the fourth on; the prefill attends to the whole cache, under a mask.
     """
-    device = ids_BL.device
-    cache = StaticCache(config=model.config, max_cache_len=ids_BL.shape[1] + new)
-    token_B1 = ids_BL.new_zeros(len(ids_BL), 1)
+    return Writer(model, ids_BL, new, model).write()
 
-    def forward(inputs: Tensor) -> None:
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token_B1.copy_(output.logits[:, -1].argmax(dim=-1, keepdim=True))
 
-    tokens, seconds = [], []
+class Writer:
+    """What `generate_replayed` does, any number of times from one prompt and in one cache, with a `step` of its own.
 
-    def timed(work: Callable[[], None]) -> None:
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-        tokens.append(token_B1.clone())
+    The prefill is the model's, as it is.
+    """
 
-    timed(lambda: forward(ids_BL))
-    with _aside(device):
-        for _ in range(2):
-            timed(lambda: forward(token_B1))
-    step = _captured(lambda: forward(token_B1), device)
-    for _ in range(new - 3):
-        timed(step)
-    return torch.cat(tokens, dim=1), Timing(seconds[0], seconds[3:])
+    def __init__(self, model: PreTrainedModel, ids_BL: Tensor, new: int, step: Callable[..., Any]):
+        self.model, self.ids_BL, self.new, self.step = model, ids_BL, new, step
+        self.cache = StaticCache(config=model.config, max_cache_len=ids_BL.shape[1] + new)
+        self.token_B1 = ids_BL.new_zeros(len(ids_BL), 1)
+
+    @torch.inference_mode()
+    def write(self) -> tuple[Tensor, Timing]:
+        device, taken, tokens = self.ids_BL.device, [], []
+
+        def timed(work: Callable[[], None]) -> None:
+            taken.append(seconds(work, device))
+            tokens.append(self.token_B1.clone())
+
+        self.cache.reset()
+        timed(lambda: self._forward(self.model, self.ids_BL))
+        with _aside(device):
+            for _ in range(2):
+                timed(lambda: self._forward(self.step, self.token_B1))
+        replay = _captured(lambda: self._forward(self.step, self.token_B1), device)
+        for _ in range(self.new - 3):
+            timed(replay)
+        return torch.cat(tokens, dim=1), Timing(taken[0], taken[3:])
+
+    def _forward(self, forward: Callable[..., Any], inputs: Tensor) -> None:
+        output = forward(input_ids=inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.token_B1.copy_(output.logits[:, -1].argmax(dim=-1, keepdim=True))
 
 
 @contextmanager
@@ -136,6 +145,51 @@ def race(models: Mapping[str, PreTrainedModel], ids_BL: Tensor, new: int, rounds
         step = median(second for timing in timings[1:] for second in timing.steps)
         speeds[name] = Speed(ids_BL.numel() / prefill, len(ids_BL) / step, replayed.get(name))
     return speeds
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Tokens per second of a model behind torch.compile, and the seconds that compiling took, once for each shape.
+
+    `same` is how many tokens were written before the first that is not the one of `generate`, of any sequence.
+    """
+
+    prefill: float
+    decode: float
+    prefill_seconds: float
+    decode_seconds: float
+    same: int
+
+
+@torch.inference_mode()
+def compiled(model: PreTrainedModel, ids_BL: Tensor, new: int, rounds: int) -> Compiled:
+    """The speed of a model behind torch.compile: its prefill, and every step after it as `generate_replayed` does it.
+
+    Each becomes one graph, or torch raises. On a GPU the compiled step is captured as the plain one is, and not by
+    mode="reduce-overhead", which does without a graph, and says so in a log alone, where a pass changes its inputs.
+    What was compiled before is forgotten, or the ninth model or shape of a process would be refused.
+    """
+    torch.compiler.reset()
+    device, expected = ids_BL.device, generate(model, ids_BL, new)[0]
+    forward = torch.compile(model.forward, fullgraph=True, dynamic=False)
+
+    def read() -> None:
+        forward(input_ids=ids_BL, use_cache=True, logits_to_keep=1)
+
+    writer = Writer(model, ids_BL, new, forward)
+    # The first of each compiles, the second is a warm-up.
+    reading = [seconds(read, device) for _ in range(rounds + 2)]
+    writing = [seconds(writer.write, device) for _ in range(2)]
+    found = [writer.write() for _ in range(rounds)]
+    alike_L = (found[-1][0] == expected).all(dim=0)
+    prefill = median(reading[2:])
+    return Compiled(
+        prefill=ids_BL.numel() / prefill,
+        decode=len(ids_BL) / median(second for _, timing in found for second in timing.steps),
+        prefill_seconds=reading[0] - prefill,
+        decode_seconds=writing[0] - writing[1],
+        same=int(alike_L.cumprod(dim=0).sum()),
+    )
 
 
 def prefill_flops(model: PreTrainedModel, length: int) -> int:
