@@ -81,6 +81,28 @@ def test_the_slurm_of_one_machine_does_what_the_guide_says(copy, slurm):
     assert time.monotonic() - started < 300  # from nothing to four finished jobs
 
 
+@pytest.mark.slow
+def test_the_code_of_the_readme_runs_and_a_fused_model_writes_the_same(cli, tmp_path):
+    done = cli("err=0.3", "mode=none")
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "outputs").rglob("record.json")
+    (tmp_path / "RUN").symlink_to(record.parent)
+    code = [content for kind, content in FENCE.findall((ROOT / "README.md").read_text()) if kind == "python"]
+    assert len(code) == 2
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    prompt = "The state of the union is"
+    written = done.stdout[len(prompt) : (len(prompt) + len(done.stdout)) // 2 - 1]
+    assert written and done.stdout == f"{prompt}{written}\n{written}\n"
+
+
 def test_a_block_is_run_or_says_that_it_is_not():
     kinds = {guide: {kind for kind, _ in blocks(guide)} for guide in ("guide.md", "contributing.md")}
     assert kinds == {"guide.md": {"sh", "sh not-run"}, "contributing.md": {"sh", "diff"}}
