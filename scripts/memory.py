@@ -1,12 +1,15 @@
-"""Print the memory of one training step, predicted from shapes, and the largest batch that fits a device.
+"""Print the memory of one training step, or of inference, predicted from shapes, and the largest batch that fits.
 
 usage: python scripts/memory.py model=llama2_7b err=0.5 mode=welore [--batch 1] [--length 1024] [--gib 24 48 80]
            [--recompute] [--ranks RUN/ranks.json] [overrides]
        python scripts/memory.py err=0.3 mode=welore --batch 4 --length 256 --measure [--out FILE.json]
                                                                                   beside two real steps
+       python scripts/memory.py model=llama2_7b err=0.5 --inference [--batch 1] [--lengths 512 1024 2048 4096]
+                                                                                  dense beside compressed
 
-Without --measure nothing is loaded: the model is built without storage. Its ranks are those of
---ranks; without it a stand-in of the right err, which has the parameters of the paper's Table 7 for LLaMA-2-7B.
+Without --measure nothing is loaded: the model is built without storage. Its ranks are those of --ranks (or of
+ranks=given ranks.path=FILE); without it a stand-in of the right err, which has the parameters of the paper's Table 7
+for LLaMA-2-7B.
 """
 
 import argparse
@@ -14,16 +17,18 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from welore.bench import compressed, measured, write
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.errors import Refused
 from welore.explain import explain
 from welore.measure import GIB
-from welore.memory import Footprint, Step, largest_batch, predict
+from welore.memory import Footprint, Step, largest_batch, predict, predict_prefill
 from welore.models import count_parameters
 from welore.modes import select
-from welore.ranks import read_ranks
+from welore.ranks import Given, read_ranks
 from welore.shapes import factor, on_meta, sizes_of, stand_in
 
 
@@ -44,12 +49,16 @@ def main() -> int:
     parser.add_argument("--gib", type=float, nargs="*", default=[24, 48, 80], help="memories to fill with sequences")
     parser.add_argument("--recompute", action="store_true", help="run every layer again for its gradient")
     parser.add_argument("--ranks", type=Path, help="ranks.json of a run with this model")
+    parser.add_argument("--inference", action="store_true", help="of reading prompts and writing after them")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="of the prompts of --inference"
+    )
     parser.add_argument("--measure", action="store_true", help="load the model and measure two steps as well")
     parser.add_argument("--out", type=Path, help="where what --measure finds goes as JSON")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py: model=, err=, mode=")
     arguments = parser.parse_intermixed_args()
     try:
-        show(arguments)
+        (show_inference if arguments.inference else show)(arguments)
     except Exception as error:
         return explain(error)
     return 0
@@ -83,11 +92,7 @@ def show(arguments: argparse.Namespace) -> None:
             shape = {"model": config.model.name, "mode": config.mode.name, "asked": config.asked, **asdict(step)}
             write(arguments.out, found | {"shape": shape}, config.trainer.place())
         return
-    if config.err is None and arguments.ranks is None:
-        raise Refused(f"{config.asked} needs spectra, and nothing is loaded here. Write err=0.5 or --ranks FILE.")
-    model = on_meta(sizes_of(config.model), config.model.dtype)
-    ranks = read_ranks(arguments.ranks) if arguments.ranks else stand_in(model, config.err)
-    factor(model, ranks)
+    model, origin = shaped(config, arguments.ranks)
     count = count_parameters(model)
     parameters = select(model, config.mode)
     if config.task.training.unfreeze(model):
@@ -96,7 +101,6 @@ def show(arguments: argparse.Namespace) -> None:
             f"task.training.embeddings=false, or measure a run of a few steps: its fit/peak_gib."
         )
     trained = sum(p.numel() for p in parameters)
-    origin = str(arguments.ranks or f"a stand-in for err={config.err:g}")
     print(f"{config.model.name}, ranks: {origin}; {count / 1e6:,.1f}M parameters, mode={config.mode.name}")
     print(f"trains {trained / 1e6:,.1f}M; {step.batch} x {step.length} tokens, recompute={step.recompute}\n")
     print(table(predict(model, config.mode, parameters, step)))
@@ -105,6 +109,38 @@ def show(arguments: argparse.Namespace) -> None:
             largest_batch(model, config.mode, parameters, replace(step, recompute=on), gib) for on in (False, True)
         )
         print(f"largest batch in {gib:g} GiB: {plain}, with recompute {again}")
+
+
+def shaped(config: Config, file: Path | None) -> tuple[PreTrainedModel, str]:
+    """The compressed model without storage, and where its ranks are from."""
+    if file is None and isinstance(config.ranks, Given):
+        file = Path(config.ranks.path)
+    if file is None and config.err is None:
+        raise Refused(f"{config.asked} needs spectra, and nothing is loaded here. Write err=0.5 or --ranks FILE.")
+    model = on_meta(sizes_of(config.model), config.model.dtype)
+    factor(model, read_ranks(file) if file else stand_in(model, config.err))
+    return model, str(file or f"a stand-in for err={config.err:g}")
+
+
+def show_inference(arguments: argparse.Namespace) -> None:
+    config = to_config(compose(arguments.overrides))
+    if arguments.measure:
+        raise Refused("scripts/bench_inference.py --rounds 0 measures inference. Write --inference alone.")
+    if arguments.batch < 1 or min(arguments.lengths) < 1:
+        raise Refused(f"--batch {arguments.batch} --lengths {arguments.lengths}: write 1 or more.")
+    small, origin = shaped(config, arguments.ranks)
+    models = {"dense": on_meta(sizes_of(config.model), config.model.dtype), "compressed": small}
+    counts = ", ".join(f"{name} {count_parameters(model) / 1e6:,.1f}M" for name, model in models.items())
+    print(f"{config.model.name} in {config.model.dtype}, ranks: {origin}; parameters: {counts}")
+    print(f"GiB at the peak of reading {arguments.batch} prompts: weights + KV cache + one layer\n")
+    for length in arguments.lengths:
+        found = {name: predict_prefill(model, arguments.batch, length) for name, model in models.items()}
+        parts = [
+            f"{name}{p.weights / GIB:9.3f} + {p.cache / GIB:.3f} + {p.layer / GIB:.3f} ={p.peak / GIB:8.3f}"
+            for name, p in found.items()
+        ]
+        ratio = found["compressed"].peak / found["dense"].peak
+        print(f"{length:6} tokens   {'   '.join(parts)}   ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":

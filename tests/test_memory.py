@@ -1,18 +1,30 @@
-"""The predicted footprint of a training step against what autograd, the model and the optimizer really hold."""
+"""Predicted footprints of a training step and of a prompt against what autograd, model and optimizer really hold."""
 
+import json
+import sys
+import weakref
 from copy import deepcopy
 
 import pytest
 import torch
+from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from welore.config import fingerprint
 from welore.errors import Refused
 from welore.evaluate import autocast, causal_loss, frozen_weights_in
 from welore.fit import recomputed
-from welore.memory import Step, largest_batch, predict
+from welore.measure import GIB
+from welore.memory import Step, largest_batch, predict, predict_prefill
 from welore.models import count_bytes
 from welore.modes import select
 from welore.optim import state_bytes
+from welore.shapes import SHAPES, factor, on_meta, stand_in
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import memory
 
 CPU = torch.device("cpu")
 IDS_BL = torch.arange(80).view(2, 40) * 11 % 259
@@ -136,7 +148,72 @@ def test_the_largest_batch_is_the_last_that_fits(compressed, configured):
         assert largest_batch(compressed, config.mode, parameters, step, (peak - 1) / 2**30) == batch - 1
 
 
+class Live(TorchDispatchMode):
+    """The most bytes at once of all that operations inside have made, without the tensors that were there."""
+
+    def __init__(self, there):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in there}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **kwargs or {})
+        for storage in [leaf.untyped_storage() for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]:
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_peak_of_reading_a_prompt_is_that_of_its_tensors_to_the_byte(cut, dtype, pristine, compressed):
+    model = (compressed if cut else deepcopy(pristine[0])).to(dtype).requires_grad_(False)
+    with torch.no_grad(), Live([*model.parameters(), *model.buffers(), IDS_BL]) as live:
+        cache = model(input_ids=IDS_BL, use_cache=True, logits_to_keep=1).past_key_values
+    found = predict_prefill(model, 2, 40)
+    assert found.weights == count_bytes(model)
+    assert found.cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert found.peak == found.weights + live.peak
+
+
+def test_ranks_of_a_run_give_the_bytes_of_its_model(model, compress, configured, tmp_path):
+    file = tmp_path / "ranks.json"
+    file.write_text(json.dumps(compress(model).ranks))
+    for config, path in ((configured(), file), (configured("ranks=given", f"ranks.path={file}"), None)):
+        bare, origin = memory.shaped(config, path)
+        assert origin == str(file) and next(bare.parameters()).is_meta
+        assert predict_prefill(bare, 2, 40) == predict_prefill(model, 2, 40)
+
+
+def test_memory_of_inference_is_told_by_length_dense_beside_compressed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory.py", "model=tiny", "err=0.5", "--inference", "--lengths", "8", "4096"])
+    assert memory.main() == 0
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[0] for line in lines] == ["8", "4096"]
+    short, long = (float(line.split()[-1]) for line in lines)
+    assert short < long < 1  # the cache is not compressed
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--measure"])
+    assert memory.main() == 2 and "bench_inference.py" in capsys.readouterr().err
+
+
+def test_the_peak_of_reading_a_prompt_is_what_was_measured_on_a_gpu():
+    """LLaMA-2-7B's shapes on an H200, in GiB allocated; docs/memory.md says what is missing."""
+    measured = json.loads((ROOT / "benchmarks" / "inference_memory-h200-7b.json").read_text())["memory"]
+    for name, rows in measured.items():
+        model = on_meta(SHAPES["llama2_7b"], "bfloat16")
+        if name != "dense":
+            factor(model, stand_in(model, float(name.removeprefix("err "))))
+        for row in rows:
+            found = predict_prefill(model, row["batch"], row["prompt"])
+            assert found.weights / GIB == row["weights GiB"]
+            assert 0.983 < found.peak / GIB / row["peak GiB"] < 0.998
+
+
 def test_a_model_of_another_shape_is_refused(family, configured):
     model = family("opt")
     with pytest.raises(Refused, match="saved tensors of a opt model are not known"):
         predict(model, configured("mode=full").mode, [], Step(1, 8, None))
+    with pytest.raises(Refused, match="activations of a opt model are not known"):
+        predict_prefill(model, 1, 8)

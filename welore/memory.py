@@ -1,4 +1,4 @@
-"""What one training step holds in memory at its peak, from shapes alone: a model on the meta device is enough.
+"""What a training step, or the reading of a prompt, holds at its peak, from shapes alone: the meta device is enough.
 
 Decoders of LLaMA's shape (RMSNorm, rotary positions, fused attention, gated MLP) are counted tensor by tensor, as
 autograd saves them; others are refused. Shape suffixes: B = sequences, L = tokens of one, T = B L tokens, D = hidden
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from welore.errors import Refused
-from welore.inference import head_size
+from welore.inference import cache_bytes, head_size
 from welore.loss import chunk_tokens
 from welore.lowrank import LowRankLinear
 from welore.measure import GIB
@@ -76,12 +76,7 @@ class Footprint:
 
 def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step) -> Footprint:
     """The footprint of a step of a mode, once it has selected its parameters (`welore.modes.select`) on the model."""
-    kind = model.config.model_type
-    if kind not in KNOWN:
-        raise Refused(
-            f"the saved tensors of a {kind} model are not known here, only those of {', '.join(KNOWN)}. Measure one "
-            f"step instead: fit/peak_gib of a run."
-        )
+    _check_kind(model, "saved tensors", "one step instead: fit/peak_gib of a run")
     if mode.name not in MODES:
         raise Refused(
             f"what mode={mode.name} saves and keeps is not known here, only {', '.join(MODES)}. Measure one step "
@@ -113,6 +108,42 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
         gradients=FLOAT32 * sum(sizes),
         stepping=_stepping(mode, parameters),
     )
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Bytes when a prompt is read, which is where inference has its peak."""
+
+    weights: int
+    cache: int
+    layer: int  # what one layer works with, and the positions that all share
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.cache + self.layer
+
+
+def predict_prefill(model: PreTrainedModel, batch: int, length: int) -> Prefill:
+    """Of `batch` prompts of `length` tokens, by a model that is not fused, in the dtype of its weights.
+
+    The widest moment is the product in a gated MLP: both of its inputs and itself, beside the embeddings and the input
+    of the layer, which their callers hold, the residual, and its normalization. Attention takes less where the
+    intermediate size is more than twice the hidden size.
+    """
+    _check_kind(model, "activations", "them instead: scripts/bench_inference.py --rounds 0")
+    size = _residual_itemsize(model)
+    wide = 3 * model.config.intermediate_size + 4 * _width(model)
+    positions = length * (2 * head_size(model.config) * size + torch.int64.itemsize)
+    cache = cache_bytes(model.config, batch, length, size)
+    return Prefill(count_bytes(model), cache, batch * length * wide * size + positions)
+
+
+def _check_kind(model: PreTrainedModel, what: str, instead: str) -> None:
+    kind = model.config.model_type
+    if kind not in KNOWN:
+        raise Refused(
+            f"the {what} of a {kind} model are not known here, only those of {', '.join(KNOWN)}. Measure {instead}."
+        )
 
 
 def largest_batch(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step, gib: float) -> int:
