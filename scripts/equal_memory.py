@@ -42,9 +42,10 @@ def one(arguments: argparse.Namespace, mode: str, gib: float, recompute: bool) -
     config = to_config(compose([*arguments.overrides, f"mode={mode}"]))
     device = config.trainer.place()
     if arguments.random:
-        bare = stand_in_model(config, torch.device("meta"), arguments.multiple)
+        model, bare = None, stand_in_model(config, torch.device("meta"), arguments.multiple)
     else:
-        bare = without_storage(subject(config, device, False, 1))
+        model = subject(config, device, False, 1)
+        bare = without_storage(model)
     step = Step(1, arguments.length, config.model.autocast, recompute)
     largest = largest_batch(bare, config.mode, select(bare, config.mode), step, gib)
     if largest == 0 or arguments.predict:
@@ -54,18 +55,22 @@ def one(arguments: argparse.Namespace, mode: str, gib: float, recompute: bool) -
         torch.cuda.set_per_process_memory_fraction(min(1.0, share))
     batch = min(largest, arguments.most or largest)
     while batch > 0:
-        found = tried(arguments, config, device, replace(step, batch=batch))
+        found = tried(arguments, config, device, replace(step, batch=batch), model)
+        model = None  # the mode has changed it
         if found is not None:
             return {"largest batch": largest, "batch": batch} | found
         batch = batch * 7 // 8
     return {"largest batch": largest, "out of memory": True}
 
 
-def tried(arguments: argparse.Namespace, config: Config, device: torch.device, step: Step) -> dict | None:
-    """What was measured of a step; None where it ran out of memory."""
+def tried(
+    arguments: argparse.Namespace, config: Config, device: torch.device, step: Step, model: PreTrainedModel | None
+) -> dict | None:
+    """What was measured of a step, on a model that is made here where there is none; None where memory ran out."""
     give_back(device)  # on a GPU what ran before
     try:
-        model = subject(config, device, arguments.random, arguments.multiple)
+        if model is None:
+            model = subject(config, device, arguments.random, arguments.multiple)
         return measured(model, config, step, steps=1)[1]
     except torch.cuda.OutOfMemoryError:
         return None

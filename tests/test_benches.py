@@ -4,14 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
+from copy import deepcopy
 
 import pytest
+import torch
 from conftest import ROOT
 
 from welore.examine import Item
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import equal_memory
 from bench_questions import MANY, ONE, WHOLE, agreement, sample
 
 TINY = ("model=tiny", "trainer=cpu")
@@ -77,6 +81,29 @@ def test_a_batch_cut_short_of_its_budget_is_no_best(tmp_path):
     sizes = ("--gib", "0.1", "--modes", "welore", "--length=32", "--most=2")
     plain, again = figures("equal_memory", tmp_path, *sizes)["rows"]
     assert plain["batch"] == again["batch"] == 2 and not plain["best"] and not again["best"]
+
+
+def test_the_model_of_a_prediction_is_measured_and_another_where_it_ran_out_of_memory(
+    compressed, monkeypatch, tmp_path
+):
+    models, batches = [], []
+
+    def subject(*_):
+        models.append(deepcopy(compressed))
+        return models[-1]
+
+    def measured(model, config, step, steps):
+        assert model is models[-1]
+        batches.append(step.batch)
+        if len(batches) < 3:
+            raise torch.cuda.OutOfMemoryError("as on a GPU")
+        return None, {}
+
+    monkeypatch.setattr(equal_memory, "subject", subject)
+    monkeypatch.setattr(equal_memory, "measured", measured)
+    arguments = Namespace(overrides=list(TINY), random=False, multiple=1, length=32, predict=False, most=16)
+    assert equal_memory.one(arguments, "lora", 1.0, False)["batch"] == 12
+    assert batches == [16, 14, 12] and len(models) == 3
 
 
 @pytest.mark.slow
