@@ -37,7 +37,14 @@ MODES = {
     "galore": ("mode=galore", "mode.rank=8", "mode.gap=2"),
     "lora": ("mode=lora",),
     "lora merged": ("mode=lora", "mode.lora_on=merged"),
+    "rslora": ("mode=rslora",),
+    "lora_plus": ("mode=lora_plus",),
+    "fira": ("mode=fira", "mode.rank=8"),
+    "apollo": ("mode=apollo", "mode.rank=8"),
+    "apollo-mini": ("mode=apollo", "mode.rank=1", "mode.per=tensor"),
+    "muon": ("mode=muon",),
 }
+IN_PLACE = ("welore", "nlrc", "full", "lora", "rslora")  # begin the names of modes that AdamW steps
 
 
 def saved_bytes(model, dtype, recompute=False):
@@ -115,8 +122,31 @@ def test_what_is_held_and_gradients_are_those_of_a_real_step(mode, dtype, compre
     assert footprint.gradients == sum(gradient.nbytes for gradient in gradients)
     optimizer.step()
     held = footprint.held["optimizer states"] + footprint.held["float32 masters"]
-    assert held == pytest.approx(state_bytes(optimizer), rel=0.001)  # and a counter of steps for each parameter
+    counters = {
+        id(count): count.nbytes for state in optimizer.state.values() if (count := state.get("step")) is not None
+    }
+    assert held == state_bytes(optimizer) - sum(counters.values())
     assert footprint.held["weights"] == count_bytes(model)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if not mode.startswith(IN_PLACE)])
+def test_what_an_optimizer_works_with_is_what_its_step_makes(mode, compressed, configured):
+    """In a step that renews its projection, where there is one."""
+    config = configured(*MODES[mode], *(["mode.gap=1"] if "mode.rank=8" in MODES[mode] else []))
+    parameters = select(compressed.train(), config.mode)
+    optimizer = config.mode.optimizer(parameters)
+    causal_loss(compressed)(IDS_BL, IDS_BL)[0].backward()
+    optimizer.step()
+    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    with Live([*parameters, *(p.grad for p in parameters), *held]) as live:
+        optimizer.step()
+    assert live.peak == pytest.approx(config.mode.step_bytes(parameters), rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["lisa", "dora", "pissa", "mica", "osf", "randlora", "sv", "lora_xs"])
+def test_a_mode_that_cannot_be_foreseen_is_refused(mode, compressed, configured):
+    with pytest.raises(Refused, match=f"mode={mode} saves and keeps is not known here. Measure it: fit/peak_gib"):
+        predict(compressed, configured(f"mode={mode}").mode, [], Step(1, 8, None))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -59,6 +59,10 @@ class Adapter(Lora):
             raise Refused(f"mode.lr_ratio={self.lr_ratio} is of B, which mode.init=mica freezes. Write 1.")
 
     @property
+    def foreseen(self) -> bool:
+        return self.init == "kaiming" and not self.dora
+
+    @property
     def refactors(self) -> bool:
         return self.init == "pissa" and self.lora_on == "merged"
 
@@ -139,6 +143,10 @@ def _take_away(model: PreTrainedModel) -> None:
 class Inserted(Adam):
     """Adapters of peft that replace linear layers and add a full matrix: on the factors of LRCs, never on products,
     whose rank a full matrix would not leave small."""
+
+    @property
+    def foreseen(self) -> bool:
+        return False
 
     def inject(self, model: PreTrainedModel, config: Any) -> None:
         from peft import inject_adapter_in_model

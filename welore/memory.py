@@ -5,7 +5,6 @@ autograd saves them; others are refused. Shape suffixes: B = sequences, L = toke
 size, I = intermediate size, N = inputs of a weight, R = rank.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -19,12 +18,9 @@ from welore.loss import chunk_tokens
 from welore.lowrank import LowRankLinear
 from welore.measure import GIB
 from welore.models import DTYPES, count_bytes, decoder_layers
-from welore.modes import GaLore, Mode
-from welore.steppers import EightBit
+from welore.modes import FLOAT32, Mode
 
-FLOAT32 = torch.float32.itemsize
 KNOWN = ("llama", "mistral", "qwen2")
-MODES = ("welore", "nlrc", "full", "chosen", "random", "lora", "rslora", "galore", "welore_8bit", "full_8bit")
 
 
 @dataclass(frozen=True)
@@ -77,11 +73,8 @@ class Footprint:
 def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step) -> Footprint:
     """The footprint of a step of a mode, once it has selected its parameters (`welore.modes.select`) on the model."""
     _check_kind(model, "saved tensors", "one step instead: fit/peak_gib of a run")
-    if mode.name not in MODES:
-        raise Refused(
-            f"what mode={mode.name} saves and keeps is not known here, only {', '.join(MODES)}. Measure one step "
-            f"instead: fit/peak_gib of a run."
-        )
+    if not mode.foreseen:
+        raise Refused(f"what mode={mode.name} saves and keeps is not known here. Measure it: fit/peak_gib of a run.")
     sizes = [p.numel() for p in parameters]
     layers = [_layer(model, block, step, first) for block, first in _blocks(model)]
     casts = _casts(model, step)
@@ -100,13 +93,13 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
             "weights": count_bytes(model),
             "casts of frozen weights": sum(size for size, trains in casts.values() if not trains),
             "float32 masters": sum(FLOAT32 * p.numel() for p in parameters if p.dtype != torch.float32),
-            "optimizer states": _states(mode, parameters),
+            "optimizer states": mode.state_bytes(parameters),
         },
         saved=dict(saved),
         loss=_loss(model, step),
         layer=again + _backward(model, step),
         gradients=FLOAT32 * sum(sizes),
-        stepping=_stepping(mode, parameters),
+        stepping=mode.step_bytes(parameters),
     )
 
 
@@ -252,43 +245,6 @@ def _casts(model: PreTrainedModel, step: Step) -> dict[int, tuple[int, bool]]:
     dtype = DTYPES[step.autocast]
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)] + [model.get_output_embeddings().weight]
     return {id(w): (w.numel() * dtype.itemsize, w.requires_grad) for w in weights if w.dtype != dtype}
-
-
-def _states(mode: Mode, parameters: list[nn.Parameter]) -> int:
-    """Two moments in float32; under GaLore those of the projected gradient, and the projection."""
-    if isinstance(mode, EightBit):
-        return _eight_bits([p.numel() for p in parameters])
-    if not isinstance(mode, GaLore):
-        return sum(2 * FLOAT32 * p.numel() for p in parameters)
-    total = 0
-    for p in parameters:
-        if p.ndim == 2 and min(p.shape) > mode.rank:
-            total += FLOAT32 * mode.rank * (2 * max(p.shape) + min(p.shape))
-        else:
-            total += 2 * FLOAT32 * p.numel()
-    return total
-
-
-def _eight_bits(sizes: list[int]) -> int:
-    """What bitsandbytes keeps (read in version 0.50.2): for each moment a byte a number, and a float32 scale for every
-    256 of them. Tensors of less than 4,096 numbers keep float32. Two tables of 256 values are shared by all.
-    """
-    whole = [size for size in sizes if size < 4096]
-    cut = [size + FLOAT32 * math.ceil(size / 256) for size in sizes if size >= 4096]
-    return 2 * (FLOAT32 * sum(whole) + sum(cut) + FLOAT32 * 256 * bool(cut))
-
-
-def _stepping(mode: Mode, parameters: list[nn.Parameter]) -> int:
-    """AdamW works in place, fused or in 8 bits. GaLore holds the update of one weight, or the eigenvectors of its Gram
-    matrix."""
-    if not isinstance(mode, GaLore):
-        return 0
-    gram = 3 * torch.float64.itemsize
-    return max(
-        max(FLOAT32 * p.numel(), gram * min(p.shape) ** 2 + torch.float64.itemsize * p.numel())
-        for p in parameters
-        if p.ndim == 2
-    )
 
 
 def _loss(model: PreTrainedModel, step: Step) -> int:

@@ -16,6 +16,8 @@ from welore.models import components
 from welore.optim import AdamW
 from welore.report import announce
 
+FLOAT32 = torch.float32.itemsize  # of masters, gradients and moments, whatever a weight is stored in
+
 
 @dataclass
 class Mode:
@@ -54,6 +56,19 @@ class Mode:
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         raise NotImplementedError
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether its passes save what `welore.memory` can tell from shapes alone."""
+        return False
+
+    def state_bytes(self, parameters: list[nn.Parameter]) -> int:
+        """What its optimizer keeps between steps, beside float32 masters."""
+        raise NotImplementedError
+
+    def step_bytes(self, parameters: list[nn.Parameter]) -> int:
+        """What its optimizer works with, on top of that; nothing where it steps in place."""
+        return 0
 
     def begin_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called before the first pass of every optimizer step, counted from 0; a resumed run calls it as well."""
@@ -96,6 +111,13 @@ class Adam(Mode):
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return AdamW(parameters, **self.adam)
+
+    @property
+    def foreseen(self) -> bool:
+        return not (self.refactors or self.takes_turns)
+
+    def state_bytes(self, parameters: list[nn.Parameter]) -> int:
+        return sum(2 * FLOAT32 * p.numel() for p in parameters)
 
     def normalizations(self, model: PreTrainedModel) -> list[nn.Parameter]:
         return norm_parameters(model) if self.norms else []
@@ -159,6 +181,22 @@ class GaLore(Full):
                 f"mode.rank={self.rank} projects nothing, so that mode={self.name} would be plain Adam: of all "
                 f"matrices that it trains the longest shorter side is {widest}. Write {lower}mode=full."
             )
+
+    def state_bytes(self, parameters: list[nn.Parameter]) -> int:
+        """Two moments of each projected gradient and its projection; two moments of what is not projected."""
+        projected = [p for p in parameters if self._projects(p)]
+        rest = [p for p in parameters if not self._projects(p)]
+        low = sum(FLOAT32 * self.rank * (2 * max(p.shape) + min(p.shape)) for p in projected)
+        return low + super().state_bytes(rest)
+
+    def step_bytes(self, parameters: list[nn.Parameter]) -> int:
+        """The update of one weight, or the eigenvectors of the Gram matrix of its gradient."""
+        double = torch.float64.itemsize
+        matrices = [p for p in parameters if p.ndim == 2]
+        return max(max(FLOAT32 * p.numel(), double * (3 * min(p.shape) ** 2 + p.numel())) for p in matrices)
+
+    def _projects(self, parameter: nn.Parameter) -> bool:
+        return parameter.ndim == 2 and min(parameter.shape) > self.rank
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return GaLoreAdamW(parameters, rank=self.rank, gap=self.gap, scale=self.scale, **self.adam)
