@@ -6,6 +6,8 @@ import torch
 
 from welore.checkpoint import load
 from welore.errors import Refused
+from welore.harness import answers as lines_of
+from welore.harness import broken_tasks, numbers, with_groups
 from welore.lowrank import LowRankLinear
 from welore.runner import run
 
@@ -117,6 +119,57 @@ def test_a_task_that_cannot_be_loaded_is_named(asked, tmp_path, name, words):
     with pytest.raises(Refused) as stopped:
         asked(f"task.tasks=[{name}]").task.benchmark(None, None)
     assert all(word in str(stopped.value) for word in words)
+
+
+def question(*responses):
+    """As the harness logs it: two options with their log p, or a text that was written."""
+    options = [("2 and 3 is", " small"), ("2 and 3 is", " large")][: len(responses)]
+    line = {"arguments": options, "filtered_resps": list(responses), "target": 0, "filter": "none"}
+    return line | {"doc_id": 0, "metrics": ["acc"], "acc": 1.0}
+
+
+WHOLE = question((-1.5, True), (-2.5, False))
+BROKEN = question((-1.5, True), (float("nan"), False))
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        ([WHOLE, BROKEN], {"sums": "2 and 3 is large"}),
+        ([WHOLE, question((-float("inf"), False), (-1.0, True))], {"sums": "2 and 3 is small"}),
+        ([question(float("nan"))], {"sums": "2 and 3 is small"}),  # of a whole text
+        ([WHOLE], {}),
+        ([question("nan")], {}),  # which the model wrote
+    ],
+)
+def test_a_log_p_that_is_not_finite_breaks_its_task(lines, found):
+    assert broken_tasks({"others": [WHOLE], "sums": lines}) == found
+
+
+def test_a_broken_task_has_no_number_and_nor_have_the_groups_that_it_counts_in():
+    broken = with_groups({"sums"}, {"all": ["hard", "whole"], "hard": ["sums", "whole"], "easy": ["whole"]})
+    assert broken == {"sums", "hard", "all"}
+    results = {name: {"acc,none": 0.5, "alias": name} for name in ("sums", "whole", "hard", "easy", "all")}
+    missing = {"lm_eval/sums/acc": None, "lm_eval/hard/acc": None, "lm_eval/all/acc": None}
+    assert numbers(results, broken) == missing | {"lm_eval/whole/acc": 0.5, "lm_eval/easy/acc": 0.5}
+
+
+def test_a_broken_answer_is_marked_and_counts_for_nothing():
+    whole, broken = lines_of({"sums": [WHOLE, BROKEN]})
+    assert whole["metrics"] == {"acc": 1.0} and "verdict" not in whole
+    assert broken["metrics"] == {"acc": None} and broken["verdict"] == "broken"
+
+
+def test_a_model_that_breaks_has_no_accuracy_and_its_record_says_where(asked, tmp_path):
+    pytest.importorskip("lm_eval")
+    config = asked("task.limit=4")
+    model, tokenizer = config.model.load(tmp_path / "cache")[:2]
+    benchmark = config.task.benchmark(tokenizer, None)
+    assert benchmark.measure(model, None, "x").stage["lm_eval/sums/acc"] is not None
+    model.model.layers[1].mlp.down_proj.weight.data[3, 3] = float("nan")
+    outcome = benchmark.measure(model, None, "x")
+    assert set(outcome.stage.items()) >= {("lm_eval/sums/acc", None), ("breaks_at", "model.layers.1")}
+    assert [line["verdict"] for line in outcome.answers] == ["broken"] * 4
 
 
 def test_a_task_that_only_measures_trains_nothing(asked):

@@ -5,6 +5,7 @@ The package is an optional extra: pip install -e .[harness]
 
 import importlib.util
 import json
+import math
 import time
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedModel
 
 from welore import metrics
@@ -19,6 +21,7 @@ from welore.batches import tokenizer_identity
 from welore.cache import Cache, digest
 from welore.errors import Refused, refuse_below
 from welore.evaluate import Benchmark, Outcome, float32_logits
+from welore.greedy import where_it_breaks
 from welore.tasks import Task
 
 PACKAGE = "lm_eval"
@@ -132,20 +135,50 @@ class HarnessRun(Benchmark):
         # Where a task has several filters, each of them lists every question.
         asked = sum(len({line["doc_id"] for line in lines}) for lines in samples.values())
         shared = {metrics.EVAL_EXAMPLES.key: asked, metrics.EVAL_QUESTIONS_PER_SECOND.key: asked / seconds}
-        return Outcome(_numbers(found["results"]), shared, _answers(samples))
+        broken = broken_tasks(samples)
+        stage = numbers(found["results"], with_groups(set(broken), found["group_subtasks"]))
+        if broken:
+            ids_BL = torch.tensor([wrapped.tok_encode(next(iter(broken.values())))[-wrapped.max_length :]])
+            stage[metrics.BREAKS_AT] = where_it_breaks(model, ids_BL.to(wrapped.device), dtype)
+        return Outcome(stage, shared, answers(samples))
 
 
-def _numbers(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """`lm_eval/TASK/METRIC`, as the harness names them, without the filter where it is `none`."""
+def broken_tasks(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """The tasks with a log p that is not finite, each with a text that has it.
+
+    The harness takes NaN for the likeliest option, and an accuracy comes of it like any other.
+    """
+    found = {task: next(filter(None, map(_broken, lines)), None) for task, lines in samples.items()}
+    return {task: text for task, text in found.items() if text is not None}
+
+
+def _broken(line: dict[str, Any]) -> str | None:
+    """The first text of a question whose log p is not finite. What a model writes freely has no log p."""
+    for argument, response in zip(line["arguments"], line["filtered_resps"], strict=True):
+        log_p = response[0] if isinstance(response, tuple) else response
+        if isinstance(log_p, float) and not math.isfinite(log_p):
+            return "".join(part for part in argument if isinstance(part, str))
+    return None
+
+
+def with_groups(tasks: set[str], groups: dict[str, list[str]]) -> set[str]:
+    """The tasks, and every group that one of them counts in, also by way of another group."""
+    more = {group for group, members in groups.items() if tasks & set(members)} - tasks
+    return with_groups(tasks | more, groups) if more else tasks
+
+
+def numbers(results: dict[str, dict[str, Any]], broken: set[str]) -> dict[str, float | None]:
+    """`lm_eval/TASK/METRIC`, as the harness names them, without the filter where it is `none`; None for the broken."""
     return {
-        f"lm_eval/{task}/{metric.removesuffix(',none')}": float(value)
+        f"lm_eval/{task}/{metric.removesuffix(',none')}": None if task in broken else float(value)
         for task, measured in results.items()
         for metric, value in measured.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and metric not in ("sample_len",)
     }
 
 
-def _answers(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def answers(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A line a question and filter; one with a log p that is not finite is `broken` and has no metric."""
     return [
         {
             "task": task,
@@ -154,8 +187,15 @@ def _answers(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             "options": [str(argument[1]) for argument in line["arguments"] if isinstance(argument[1], str)],
             "answers": [str(answer) for answer in line["filtered_resps"]],
             "filter": line["filter"],
-            "metrics": {key: line[key] for key in line["metrics"] if isinstance(line[key], bool | int | float)},
+            **_measured(line),
         }
         for task, lines in samples.items()
         for line in lines
     ]
+
+
+def _measured(line: dict[str, Any]) -> dict[str, Any]:
+    found = {key: line[key] for key in line["metrics"] if isinstance(line[key], bool | int | float)}
+    if _broken(line) is None:
+        return {"metrics": found}
+    return {"metrics": dict.fromkeys(found), "verdict": "broken"}
