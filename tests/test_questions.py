@@ -242,6 +242,12 @@ TRICKY = [
     ("svamp", " three", None, None),
     ("svamp", " 7/2", "7", "7"),
     ("svamp", " x2", "2", None),
+    ("svamp", " 3.5kg", "3.5", None),
+    ("svamp", " 10.30am", "10.30", None),
+    ("svamp", " 12.50x", "12.50", None),
+    ("svamp", " x3.5", "3.5", None),
+    ("svamp", " 3.5kg of 4.25", "3.5", "4.25"),
+    ("svamp", " 12.50 dollars", "12.50", "12.50"),
 ]
 
 
