@@ -391,6 +391,21 @@ def test_a_folder_without_the_named_split_is_refused(task, tmp_path):
         task("commonsenseqa", f"task.path={tmp_path}").examples("test")
 
 
+@pytest.mark.parametrize(
+    ("name", "files", "words"),
+    [
+        ("boolq", ["SVAMP"], ["named after train is needed", "['SVAMP']", "task.path=FOLDER"]),
+        ("coinflip", ["dev", "train"], ["in one file", "['dev', 'train']", "task.path=FILE"]),
+    ],
+)
+def test_the_files_of_another_task_are_named_with_their_path(task, tmp_path, name, files, words):
+    for file in files:
+        (tmp_path / f"{file}.json").write_text('[{"Body": "x"}]')
+    with pytest.raises(Refused) as stopped:
+        task(name, f"task.path={tmp_path}").examples("test")
+    assert all(word in str(stopped.value) for word in [f"task.path={tmp_path} ", f"task={name}", *words])
+
+
 def test_another_content_of_a_file_is_another_experiment(task, tmp_path):
     path = written(RECORDS["coinflip"][0], tmp_path)
     first = task("coinflip", f"task.path={path}").identity()

@@ -104,12 +104,19 @@ class Questions(Task):
 
     def examples(self, split: str) -> list[Example]:
         """`train`, `validation` (held out of the training questions) or `test`, in the order of their source."""
-        train, test = self.divide(self._raws())
+        train, test = self._divided()
         self._check_sizes(len(train), len(test))
         if split == "test":
             return self._parsed(test)
         kept = train[: len(train) - max(1, round(self.held_out * len(train)))]
         return self._parsed(kept if split == "train" else train[len(kept) :])
+
+    def _divided(self) -> tuple[list[Raw], list[Raw]]:
+        raws = self._raws()
+        try:
+            return self.divide(raws)
+        except Refused as error:
+            raise Refused(f"{self._source()} does not hold the questions of task={self.name}: {error}") from error
 
     def _check_sizes(self, train: int, test: int) -> None:
         if not test:
@@ -171,7 +178,9 @@ class Questions(Task):
 
     def read(self, written: str) -> str | None:
         """The answer in what the model wrote after the prompt; None where there is none."""
-        pattern = self.pattern if self.rule == "paper" else rf"(?<!\w)(?:{self.pattern})(?!\w)"
+        # A number is read whole or not at all: neither the 3 nor the 5 of 3.5kg.
+        word = rf"(?<!\w)(?!(?<=\d\.)\d)(?>{self.pattern})(?!\w)"
+        pattern = self.pattern if self.rule == "paper" else word
         found = re.search(pattern, written)
         return found.group() if found else None
 

@@ -90,7 +90,9 @@ def is_text(value: Any) -> bool:
 
 def alone(raws: dict[str, list[Raw]]) -> list[Raw]:
     if len(raws) > 1:
-        raise Refused(f"the questions should be in one file, and there are {sorted(raws)}. Give the path of one.")
+        raise Refused(
+            f"they should be in one file, and there are {sorted(raws)}. Give the path of one: task.path=FILE."
+        )
     return next(iter(raws.values()))
 
 
@@ -103,7 +105,10 @@ def named(raws: dict[str, list[Raw]], *words: str) -> list[Raw]:
     """The records of the file or split whose name has one of the words."""
     names = [name for name in raws if set(words) & set(re.split(r"[^a-z]+", name.lower()))]
     if len(names) != 1:
-        raise Refused(f"one file or split named after {' or '.join(words)} is needed, and there are {sorted(raws)}.")
+        wanted = f"one file or split named after {' or '.join(words)} is needed"
+        raise Refused(
+            f"{wanted}, and there are {sorted(raws)}. Give the folder of the original files: task.path=FOLDER."
+        )
     return raws[names[0]]
 
 
