@@ -11,6 +11,7 @@ import httpx
 import pytest
 from endpoints import KEY, serving
 
+import welore.judged
 from welore.chat import conversation
 from welore.errors import Refused
 from welore.judged import Case, counted
@@ -180,6 +181,30 @@ def test_a_run_whose_judge_dies_goes_on_with_the_rest(judged, bench, tmp_path):
         assert run(config, tmp_path / "run").metrics["dense/judged"] == 8
         dense = [c["messages"][-1]["content"] for c in server.calls]
     assert len(dense) == len(set(dense)) <= 16 - 3
+
+
+def test_a_run_that_is_killed_while_the_model_writes_goes_on_with_the_batch_that_is_next(
+    judged, bench, tmp_path, monkeypatch
+):
+    """Two stages of two turns of two batches, at each third of which the run is killed."""
+    whole = run(judged("mt_bench", bench, "task.batch=2", f"outputs={tmp_path / 'whole'}"), tmp_path / "whole")
+    written, started = welore.judged.replies, []
+
+    def dying(*how):
+        started.append(how)
+        if len(started) % 3 == 0:
+            raise KeyboardInterrupt
+        return written(*how)
+
+    monkeypatch.setattr("welore.judged.replies", dying)
+    config = judged("mt_bench", bench, "task.batch=2")
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            run(config, tmp_path / "run")
+    again = run(config, tmp_path / "run")
+    assert len(started) == 8 + 3  # those that were killed alone are written again
+    assert told(tmp_path / "run") == told(tmp_path / "whole")
+    assert again.metrics.keys() == whole.metrics.keys() and again.metrics["eval/questions_per_second"] > 0
 
 
 @pytest.mark.slow

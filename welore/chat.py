@@ -1,13 +1,13 @@
 """Conversations put to a model: in its chat template, or in a plain form where it has none."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from welore.evaluate import float32_logits
 from welore.examine import encode
-from welore.greedy import write_greedily
+from welore.greedy import passes, write_greedily
 from welore.report import announce
 
 Messages = list[dict[str, str]]  # of a conversation: each has a role (system, user, assistant) and a content
@@ -43,6 +43,11 @@ def conversation(tokenizer: Any, messages: Messages) -> str:
 def longest(tokenizer: Any, prompts: Sequence[str]) -> int:
     """The tokens of the longest prompt."""
     return max(map(len, _encoded(tokenizer, prompts)))
+
+
+def batches(tokenizer: Any, prompts: Sequence[str], batch: int, title: str) -> Iterator[list[int]]:
+    """The places of the prompts that `replies` would answer in one pass."""
+    return passes(_encoded(tokenizer, prompts), batch, title)
 
 
 def replies(

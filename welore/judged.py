@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from welore import metrics
 from welore.cache import Cache, digest
-from welore.chat import conversation, longest, replies, said
+from welore.chat import batches, conversation, longest, replies, said
 from welore.compress import weight_digests
 from welore.errors import refuse_below
 from welore.evaluate import Benchmark, Outcome
@@ -36,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Written:
-    """By case and turn: the whole prompt, and what the model wrote. `seconds` is what it took."""
+    """By case and turn: the whole prompt, and what the model wrote. `seconds` is what it took, whenever it did so."""
 
     prompts: list[list[str]]
     answers: list[list[str]]
@@ -96,7 +96,10 @@ class Judged(Task):
 
 
 class Hearing(Benchmark):
-    """Models write answers, and a judge rates them. Neither is done twice, even where a run is killed in between."""
+    """Models write answers, and a judge rates them.
+
+    Neither is done twice, but for the batch or the judgments that are under way when a run is killed.
+    """
 
     def __init__(self, task: Judged, tokenizer: Any, cache: Cache, judge: Judge):
         self.task, self.tokenizer, self.cache, self.judge = task, tokenizer, cache, judge
@@ -151,37 +154,50 @@ class Hearing(Benchmark):
         return Outcome(outcome.stage | ratings, outcome.shared, outcome.answers)
 
     def _written(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Written:
-        """Kept by the weights: a judge that fails, or another judge, finds the very same answers."""
-        weights = (part for item in weight_digests(model).items() for part in item)
-        device = next(model.parameters()).device
-        place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        key = digest(*weights, model.config.to_json_string(), f"{dtype} {place} {self._how()}")
-
-        def make() -> Written:
-            return self._converse(model, dtype, stage)
-
-        def read(path: Path) -> Written:
-            return Written(**json.loads(path.read_text()))
-
-        def write(written: Written, path: Path) -> None:
-            path.write_text(json.dumps(asdict(written)))
-
-        return self.cache.get("answers", key, read, write, make)
-
-    def _converse(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Written:
         """Turn by turn; each sees the answers of the turns before."""
-        started = time.perf_counter()
+        key, seconds = self._key(model, dtype), 0.0
         prompts: list[list[str]] = [[] for _ in self.cases]
         answers: list[list[str]] = [[] for _ in self.cases]
         for turn in range(max(len(case.turns) for case in self.cases)):
             places = [place for place, case in enumerate(self.cases) if turn < len(case.turns)]
             asked = [conversation(self.tokenizer, _talk(self.cases[place], answers[place])) for place in places]
             title = f"{stage} answers, turn {turn + 1}"
-            new = replies(model, self.tokenizer, asked, self.task.batch, self.task.new_tokens, dtype, title)
-            for place, prompt, answer in zip(places, asked, new, strict=True):
-                prompts[place].append(prompt)
-                answers[place].append(answer)
-        return Written(prompts, answers, time.perf_counter() - started)
+            for batch in batches(self.tokenizer, asked, self.task.batch, title):
+                together = [asked[index] for index in batch]
+                new, took = self._replies(model, dtype, key, together, title)
+                seconds += took
+                for index, answer in zip(batch, new, strict=True):
+                    prompts[places[index]].append(asked[index])
+                    answers[places[index]].append(answer)
+        return Written(prompts, answers, seconds)
+
+    def _key(self, model: PreTrainedModel, dtype: str | None) -> str:
+        weights = (part for item in weight_digests(model).items() for part in item)
+        device = next(model.parameters()).device
+        place = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return digest(*weights, model.config.to_json_string(), f"{dtype} {place} {self._how()}")
+
+    def _replies(
+        self, model: PreTrainedModel, dtype: str | None, key: str, prompts: list[str], title: str
+    ) -> tuple[list[str], float]:
+        """What the model says to one batch, and the seconds that it took.
+
+        Kept by the weights: a run that was killed, a judge that fails, or another judge, finds the very same answers.
+        """
+
+        def make() -> tuple[list[str], float]:
+            started = time.perf_counter()
+            said = replies(model, self.tokenizer, prompts, self.task.batch, self.task.new_tokens, dtype, title)
+            return said, time.perf_counter() - started
+
+        def read(path: Path) -> tuple[list[str], float]:
+            said, took = json.loads(path.read_text())
+            return said, took
+
+        def write(made: tuple[list[str], float], path: Path) -> None:
+            path.write_text(json.dumps(made))
+
+        return self.cache.get("answers", digest(key, *prompts), read, write, make)
 
 
 def _talk(case: Case, answers: Sequence[str]) -> list[dict[str, str]]:
