@@ -85,6 +85,25 @@ def test_a_rating_is_read_by_the_published_patterns_and_lies_in_1_to_10(text, fo
     assert rating(text) == found
 
 
+ASKED = 'Rate it by strictly following this format: "[[rating]]", for example: "Rating: [[5]]".\n\nHe cites [3] twice.'
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (f"{ASKED} It is good. Rating: [[8]]", 8),
+        ('Following this format: "[[rating]]", for example: "Rating: [[5]]".', None),
+        ("strictly following this format: [[5]]", 5),  # of which the prompt has another end
+        ("Rating: [[5]]", 5),
+        ('"Rating: [[5]]"', 5),
+        ("It is good, on the whole. Rating: [[5]]", 5),
+        ("It cites [3] in the end.", 3),  # as published
+    ],
+)
+def test_what_a_judge_repeats_of_its_prompt_is_no_rating(text, found):
+    assert rating(text, ASKED) == found
+
+
 FOUR = "coherence: [[7]]\nconsistency: [[8]]\nfluency: [[9]]\nrelevance: [[6.5]]"
 
 

@@ -71,7 +71,7 @@ class MtBench(Judged):
             ) from error
 
         def read(text: str) -> dict[str, float] | None:
-            found = rating(text)
+            found = rating(text, asked)
             return None if found is None else {aspect: found}
 
         return Request([said("system", prompt["system_prompt"]), said("user", asked)], (aspect,), FORM, read)

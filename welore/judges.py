@@ -20,14 +20,24 @@ from welore.errors import refuse_below
 
 KIND = "judgments"  # in the cache
 PUBLISHED = (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]")  # of a rating: the first that matches, as MT-Bench reads it
+ECHO = 20  # characters before a rating with which it is one of the prompt, where they stand there too
 REMINDER = "Your answer does not hold {form}. Give {form} and nothing else."  # ours
 CHARACTERS_PER_TOKEN = 3  # fewer than in English prose, so that an estimate is rather too high
 
 
-def rating(text: str) -> float | None:
-    """The first rating in a judgment, by the published patterns; None where there is none from 1 to 10."""
-    found = next((match for pattern in PUBLISHED if (match := re.search(pattern, text))), None)
-    return in_range(found.group(1)) if found else None
+def rating(text: str, prompt: str = "") -> float | None:
+    """The first rating in a judgment, by the published patterns; None where there is none from 1 to 10.
+
+    What a judge repeats of its prompt is no rating, such as the example in it. As published it would be one.
+    """
+    found = (match for pattern in PUBLISHED for match in re.finditer(pattern, text) if not _echoes(match, prompt))
+    first = next(found, None)
+    return in_range(first.group(1)) if first else None
+
+
+def _echoes(match: re.Match[str], prompt: str) -> bool:
+    start = match.start() - ECHO
+    return start >= 0 and match.string[start : match.end()] in prompt
 
 
 def in_range(digits: str) -> float | None:
