@@ -8,7 +8,7 @@ from experiments import tuned, tuning
 from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
-from experiments.tuned import bounded, lower, sure, training_picture
+from experiments.tuned import lower, sure, training_picture, within
 from experiments.tuning import SURELY, Study, studies, validation_curve
 from welore.metrics import Metric
 
@@ -60,9 +60,9 @@ def claims(found: dict[str, Study], ratios: Sequence[Ratio], section: str) -> li
         Claim("and a lower validation perplexity", None, lower(held_out, [place], one, other)),
     ]
     for r in ratios:
-        numbers = tuned.costs(seeded, r.metric)
         low, high = r.low or 0.0, math.inf if r.high is None else r.high
-        stated.append(Claim(f"{r.text} ({section})", None, bounded(numbers, [place], r.over, r.under, low, high)))
+        outcome = within(seeded, r.metric, [place], r.over, r.under, low, high)
+        stated.append(Claim(f"{r.text} ({section})", None, outcome))
     return stated
 
 

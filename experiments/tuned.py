@@ -19,7 +19,7 @@ NOTES = [
     f"Tried: {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default, and while the best was the "
     f"lowest or highest one beyond it, up to {WIDEST} in all. Tokens and precision are equal",
     "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0; claims on "
-    "them compare runs on one device, and say nothing where the modes share none",
+    "them compare the modes seed by seed on one device, and say nothing where they share none or the seeds disagree",
     "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
 ]
 
@@ -110,19 +110,44 @@ def value(study: Study | None, metric: metrics.Metric) -> float | None:
     return taken(study.first, metric)
 
 
-def costs(found: Found, metric: metrics.Metric) -> Numbers:
-    """Speed or memory of the studies at each place, of runs on one device that all of them were run on.
+def costs(found: Found, metric: metrics.Metric) -> list[Numbers]:
+    """Speed or memory by seed, of the studies at each place where all of them ran that seed on one device.
 
-    Where they share none there is no number: what two devices take cannot be compared.
+    What two devices take cannot be compared.
     """
-    numbers: Numbers = {}
+    by_seed: dict[int, Numbers] = {}
     for place in dict.fromkeys(place for place, _ in found):
-        studies = {column: study for (where, column), study in found.items() if where == place}
-        by_device = [{_device(row): row for row in reversed(study.runs) if row.record} for study in studies.values()]
-        shared = [device for device in by_device[0] if all(device in runs for runs in by_device)]
-        for column, runs in zip(studies, by_device, strict=True):
-            numbers[place, column] = taken(runs[shared[-1]], metric) if shared else None
-    return numbers
+        columns = {column: _seeds(study) for (where, column), study in found.items() if where == place}
+        for seed in set.intersection(*map(set, columns.values())):
+            if len({_device(runs[seed]) for runs in columns.values()}) == 1:
+                numbers = {(place, column): taken(runs[seed], metric) for column, runs in columns.items()}
+                by_seed.setdefault(seed, {}).update(numbers)
+    return [by_seed[seed] for seed in sorted(by_seed)]
+
+
+def _seeds(study: Study) -> dict[int, Row]:
+    return {row.cell["seed"]: row for row in study.runs if row.record}
+
+
+def cheaper(found: Found, metric: metrics.Metric, places: Sequence[str], column: str, other: str) -> Outcomes:
+    """`lower` for speed or memory: one run is slowed by whatever runs beside it, so that all seeds must say it."""
+    return agreed([lower(numbers, places, column, other) for numbers in costs(found, metric)], places)
+
+
+def within(
+    found: Found, metric: metrics.Metric, places: Sequence[str], over: str, under: str, low: float, high: float
+) -> Outcomes:
+    """`bounded` for speed or memory, as all seeds say."""
+    return agreed([bounded(numbers, places, over, under, low, high) for numbers in costs(found, metric)], places)
+
+
+def agreed(by_seed: Sequence[Outcomes], places: Sequence[str]) -> Outcomes:
+    """What the seeds that can be compared at a place all say; None where they disagree, or there are none."""
+    outcomes: Outcomes = {}
+    for place in places:
+        said = {outcomes_of_seed[place] for outcomes_of_seed in by_seed} - {None}
+        outcomes[place] = said.pop() if len(said) == 1 else None
+    return outcomes
 
 
 def lower(numbers: Numbers, places: Sequence[str], column: str, other: str) -> Outcomes:
@@ -160,7 +185,7 @@ def sure(text: str, found: Found, places: Sequence[str], column: str, other: str
 def training_picture(labelled: dict[str, Study], title: str):
     """Loss and validation perplexity by step, and trained parameters, of seed 0 at the chosen rate; tokens per second.
 
-    None where a study has no run to draw; no panel of speeds where the modes ran on different devices.
+    None where a study has no run to draw; no panel of speeds where the modes share no device on any seed.
     """
     firsts = {label: study.first for label, study in labelled.items()}
     if any(study.missing or study.chosen is None for study in labelled.values()):
@@ -171,7 +196,7 @@ def training_picture(labelled: dict[str, Study], title: str):
     }
     speeds = costs({("", k): study for k, study in labelled.items()}, metrics.FIT_TOKENS_PER_SECOND)
     bars = {
-        "training tokens/s": {k: speeds["", k] for k in firsts},
+        "training tokens/s": {k: speeds[0]["", k] if speeds else None for k in firsts},
         "trained parameters, millions": {
             k: _million(row.found(metrics.TRAINABLE_PARAMETERS)) for k, row in firsts.items()
         },
