@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import online, report
-from experiments.artefacts import SCALES, about, gather, load, names
-from experiments.cells import Cell, Runs, check_infrastructure, default_outputs, launch
+from experiments.artefacts import SCALES, about, gather, load, missing, names
+from experiments.cells import Cell, Row, Runs, check_infrastructure, default_outputs, launch
 from experiments.memo import remembered
 from experiments.page import Page
 from welore import plots
@@ -63,7 +63,7 @@ def read(request: Request, name: Callable[[Cell], str]) -> Runs:
 
 
 def listing(runs: Runs) -> str:
-    """Every artefact with its caption, its cells done and missing at each scale, and its cost."""
+    """Every artefact with its caption, its cells done, missing and offered beyond at each scale, and its cost."""
     lines = []
     for name in names():
         artefact = load(name)
@@ -71,9 +71,11 @@ def listing(runs: Runs) -> str:
         lines += [f"{name:13}{caption}", f"{'':13}{cost}"]
         for scale in SCALES:
             rows = gather(artefact, scale, runs)
-            missing = sum(row.missing for row in rows)
-            more = ", more may follow from them" if missing and hasattr(artefact, "then") else ""
-            lines.append(f"{'':13}{scale:8}{len(rows) - missing} done, {missing} missing{more}")
+            wanted, offered = map(len, missing(rows))
+            beyond = f", {offered} more offered" if offered else ""
+            more = ", more may follow from them" if wanted + offered and hasattr(artefact, "then") else ""
+            done = len(rows) - wanted - offered
+            lines.append(f"{'':13}{scale:8}{done} done, {wanted} missing{beyond}{more}")
     return "\n".join(lines)
 
 
@@ -95,20 +97,28 @@ def show(request: Request, known: Callable[[Cell], str]) -> int:
     check_infrastructure(request.overrides)
     rows = gather(artefact, request.scale, read(request, known))
     tried: list[Cell] = []
-    while request.overrides and (new := [row for row in rows if row.missing and row.cell not in tried]):
+    while request.overrides and (new := [row for row in missing(rows)[0] if row.cell not in tried]):
         launch(new, request.name, request.outputs, request.overrides)
         tried += [row.cell for row in new]
         rows = gather(artefact, request.scale, read(request, known))
     page, name = artefact.render(rows), f"{request.name}-{request.scale}"
     caption = about(artefact)[0]
     print(page.markdown(caption, name))
-    missing = [row for row in rows if row.missing]
-    if missing:
-        print(f"\n{len(missing)} of {len(rows)} cells are missing, so nothing is written. They are made by:")
-        print("\n".join(f"{row.command(request.name, request.outputs)}  # {row.why}" for row in missing))
-        return 1
-    print("\nwritten:", *write(page, caption, name, Path(request.outputs) / "artefacts"))
-    return 0
+    wanted, offered = missing(rows)
+    if wanted:
+        total = len(rows) - len(offered)
+        print(f"\n{len(wanted)} of {total} cells are missing, so nothing is written. They are made by:")
+        print(commands(wanted, request))
+    else:
+        print("\nwritten:", *write(page, caption, name, Path(request.outputs) / "artefacts"))
+    if offered:
+        print(f"\n{len(offered)} more rows, which two cores take long for, are made by:")
+        print(commands(offered, request))
+    return 1 if wanted else 0
+
+
+def commands(rows: Sequence[Row], request: Request) -> str:
+    return "\n".join(f"{row.command(request.name, request.outputs)}  # {row.why}" for row in rows)
 
 
 def main(arguments: Sequence[str]) -> int:

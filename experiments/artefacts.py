@@ -2,6 +2,8 @@
 
 import importlib
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -39,10 +41,20 @@ def about(artefact: ModuleType) -> tuple[str, str]:
 
 
 def gather(artefact: ModuleType, scale: str, runs: Runs) -> list[Row]:
-    """The cells of an artefact with their runs; after them those that follow from what these have found, if any do."""
+    """The cells of an artefact with their runs; after them those that follow from what these have found, if any do.
+
+    An artefact may say by `offered` which of its cells it is whole without.
+    """
+    offered = getattr(artefact, "offered", lambda scale, cell: False)
     rows, more = [], artefact.cells(scale)
     while more:
-        rows += runs.find(more, artefact.NEEDS)
+        rows += [replace(row, offered=offered(scale, row.cell)) for row in runs.find(more, artefact.NEEDS)]
         known = [row.cell for row in rows]
         more = [cell for cell in artefact.then(scale, rows) if cell not in known] if hasattr(artefact, "then") else []
     return rows
+
+
+def missing(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows that an artefact lacks, and those beyond them that it offers."""
+    found = [row for row in rows if row.missing]
+    return [row for row in found if not row.offered], [row for row in found if row.offered]

@@ -27,8 +27,8 @@ SURE = 0.05
 NEEDS = (*tuning.NEEDS, "answers-tuned.jsonl")  # the questions that two modes answer alike are found in it
 
 
-def budget(study: Study) -> list[str]:
-    return ["—"] * 3 if study.first is None else compare.budget(study.first)
+def budget(study: Study | None) -> list[str]:
+    return ["—"] * 3 if study is None or study.first is None else compare.budget(study.first)
 
 
 def accuracy(study: Study | None) -> float | None:
@@ -62,9 +62,9 @@ def _failing(row: Row) -> str | None:
     return "no better than untuned" if _share(row) <= (row.found(metrics.COMPRESSED_ACCURACY) or 0) else None
 
 
-def values(study: Study) -> list[str]:
-    """By COLUMNS."""
-    if study.missing:
+def values(study: Study | None) -> list[str]:
+    """By COLUMNS; None is a study of which no cell is known yet."""
+    if study is None or study.missing:
         return ["missing", *["—"] * (len(COLUMNS) - 1)]
     done = [row for row in study.runs if row.record]
     if not done:

@@ -31,6 +31,7 @@ class Row:
     record: Record | None = None
     why: str | None = None
     again: bool = False  # a record is there without the files that the artefact draws
+    offered: bool = False  # the artefact is whole without it
     diverged: bool = False  # training came to a loss that is not finite: an outcome, which another run would repeat
 
     @property

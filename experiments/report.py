@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import markup, provenance
-from experiments.artefacts import SCALES, about, gather, load, names
+from experiments.artefacts import SCALES, about, gather, load, missing, names
 from experiments.cells import Row, Runs
 from experiments.memo import state
 from experiments.page import Page
@@ -55,11 +55,20 @@ class Sheet:
 
     @property
     def missing(self) -> list[Row]:
-        return [row for row in self.rows if row.missing]
+        return missing(self.rows)[0]
+
+    @property
+    def offered(self) -> list[Row]:
+        return missing(self.rows)[1]
 
     @property
     def done(self) -> int:
-        return len(self.rows) - len(self.missing)
+        return sum(not row.missing for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        """Of the runs that are done or wanted; those that are offered count once they are done."""
+        return len(self.rows) - len(self.offered)
 
     def drawn(self, suffix: str, figure: "Figure") -> bytes:
         """A figure as PNG, drawn once for the same runs: drawing takes longer than all the rest of the page."""
@@ -145,7 +154,7 @@ def _overview(by_name: dict[str, list[Sheet]]) -> str:
     for name, sheets in by_name.items():
         title, text = f'<a href="#{name}">{_title(sheets[0])}</a>', _text(sheets[0])
         cells = [f'<th scope="row">{title} <small>{text}</small></th>']
-        cells += [f'<td class="number">{sheet.done} of {len(sheet.rows)}</td>' for sheet in sheets]
+        cells += [f'<td class="number">{sheet.done} of {sheet.total}</td>' for sheet in sheets]
         states = [state for sheet in sheets if sheet.done for state in sheet.states]
         badges = [markup.badge(s, f"{states.count(s)} {markup.COUNTED[s]}") for s in markup.COUNTED if s in states]
         lines.append(f"<tr>{''.join(cells)}<td>{' '.join(badges)}</td></tr>")
@@ -163,12 +172,15 @@ def _section(name: str, sheets: Sequence[Sheet]) -> str:
 
 
 def _scale(sheet: Sheet, opened: bool) -> str:
-    title = f"<b>{sheet.scale} scale</b> <span>{sheet.done} of {len(sheet.rows)} runs</span>"
+    title = f"<b>{sheet.scale} scale</b> <span>{sheet.done} of {sheet.total} runs</span>"
     parts = [_rendered(sheet.page, f"{sheet.name} at {sheet.scale} scale", sheet.drawn)] if sheet.page else []
     if sheet.fault:
         parts.append(f'<p class="fault">It cannot be shown: {escape(sheet.fault)}</p>')
     if sheet.missing:
         parts.append(_missing(sheet))
+    if sheet.offered:
+        beyond = f"{len(sheet.offered)} more runs are offered: the commands"
+        parts.append(markup.folded(beyond, _commands(sheet, sheet.offered, "more commands")))
     return markup.folded(title, "\n".join(parts), opened, "scale")
 
 
@@ -182,7 +194,11 @@ def _rendered(page: Page, name: str, draw: Callable[[str, "Figure"], bytes]) -> 
 def _missing(sheet: Sheet) -> str:
     scale = "" if sheet.scale == SCALES[0] else f" scale={sheet.scale}"
     all_of_them = f"python -m experiments {sheet.name}{scale} logger=offline"
-    single = [f"{row.command(sheet.name, sheet.outputs)}  # {row.why}" for row in sheet.missing]
-    name = f"commands for {sheet.name} at {sheet.scale} scale"
-    content = f"<p>All of them: <code>{escape(all_of_them)}</code></p>\n{markup.commands(single, name)}"
-    return markup.folded(f"{len(single)} of {len(sheet.rows)} runs are missing: the commands", content)
+    single = _commands(sheet, sheet.missing, "commands")
+    content = f"<p>All of them: <code>{escape(all_of_them)}</code></p>\n{single}"
+    return markup.folded(f"{len(sheet.missing)} of {sheet.total} runs are missing: the commands", content)
+
+
+def _commands(sheet: Sheet, rows: Sequence[Row], title: str) -> str:
+    single = [f"{row.command(sheet.name, sheet.outputs)}  # {row.why}" for row in rows]
+    return markup.commands(single, f"{title} for {sheet.name} at {sheet.scale} scale")

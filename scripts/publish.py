@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # experiments/ is run from there, and is not installed
 
-from experiments.artefacts import gather, load
+from experiments.artefacts import gather, load, missing
 from experiments.cells import Row, Runs, default_outputs
 from experiments.scales import local
 from welore.errors import Refused
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
             for row in rows:
                 folder = TARGET / row.folder.relative_to(outputs)
                 write(published[row.folder], row.folder, folder, load(name).NEEDS)
-            print(f"{name}: {len(rows)} runs published, {len(found[name]) - len(rows)} missing")
+            print(f"{name}: {len(rows)} runs published, {len(missing(found[name])[0])} missing")
     except Exception as error:
         return explain(error)
     return 0

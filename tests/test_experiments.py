@@ -28,12 +28,13 @@ from experiments import (
     v1_table6,
 )
 from experiments import cells as cells_module
-from experiments.__main__ import SCALES, about, gather, load, main, names, parse, write
+from experiments.__main__ import SCALES, about, gather, listing, load, main, names, parse, write
 from experiments.cells import Row, check_infrastructure, find, fingerprint_of, launch, overrides_of
 from experiments.page import Claim, Page, verdict
 from welore.config import compose, fingerprint, to_config
 from welore.errors import Refused
 from welore.plots import by_component, diagonal_figure, lines_figure
+from welore.quizzes import coin_flips
 from welore.records import Record, Sweep, sweeps
 
 COMPONENTS = ("q_proj", "k_proj", "up_proj", "down_proj")
@@ -767,6 +768,85 @@ def test_what_the_paper_prints_of_table_6_is_partly_impossible():
         table6.impossible()[0].startswith("28 of the paper's 90 accuracies")
         and "date 0 of 15" in table6.impossible()[0]
     )
+
+
+@pytest.fixture
+def table_6(tmp_path):
+    """A function of the rows of Table 6 that are there, by benchmark, err and mode, to all of them."""
+    leave_spectra(tmp_path / "run")
+
+    def table_6(filled=lambda task, err, mode: False):
+        def row(cell):
+            if table6.offered("laptop", cell) and not filled(cell["task"], cell["err"], cell["mode"]):
+                return Row(cell, why="never run")
+            return Row(cell, tmp_path / "run", record_of(cell))
+
+        return gather(table6, "laptop", SimpleNamespace(find=lambda cells, needs: [row(cell) for cell in cells]))
+
+    return table_6
+
+
+def claimed(rows):
+    """The places of each claim of Table 6 with what is said of them."""
+    return [claim.ours for claim in table6.render(rows).claims]
+
+
+def test_table_6_shows_what_it_offers_as_missing_and_claims_nothing_of_it(table_6):
+    page = table6.render(table_6())
+    shown = {(line[1], line[2]): line[page.header.index("ours, %")] for line in page.body}
+    assert len(page.body) == 90 and len(shown) == 24
+    there = {place for place, value in shown.items() if value != "missing"}
+    assert there == {("coinflip", "0"), ("coinflip", "0.3"), ("coinflip", "0.5")}
+    *ordered, near = [claim.ours for claim in page.claims]
+    assert all(set(places) == {"coinflip 0.3", "coinflip 0.5"} for places in ordered) and set(near) == {"coinflip"}
+
+
+def test_what_table_6_offers_is_claimed_of_where_every_mode_is_there(table_6):
+    *ordered, near = claimed(table_6(lambda task, err, mode: task == "boolq" and (err == 0.3 or mode == "welore")))
+    assert all(set(places) == {"boolq 0.3", "coinflip 0.3", "coinflip 0.5"} for places in ordered)
+    assert set(near) == {"coinflip"}  # there is no dense model to compare with
+    *_, near = claimed(table_6(lambda task, err, mode: task == "boolq" and err < 0.4))
+    assert set(near) == {"boolq", "coinflip"}
+
+
+def test_a_needed_row_of_table_6_that_is_missing_leaves_its_claims_open(table_6):
+    rows = [replace(row, record=None) if row.cell["task"] == "coinflip" else row for row in table_6()]
+    assert all(verdict(outcomes).startswith("cannot be said: coinflip") for outcomes in claimed(rows))
+
+
+@pytest.mark.parametrize(("missing", "status"), [(0, 0), (1, 1)])
+def test_what_an_artefact_offers_is_printed_and_neither_run_nor_waited_for(
+    table_6, tmp_path, monkeypatch, capsys, missing, status
+):
+    first = next(row.cell for row in table_6() if not row.offered)
+    found = {json.dumps(row.cell): row for row in table_6()}
+    if missing:
+        found[json.dumps(first)] = Row(first, why="never run")
+    runs = SimpleNamespace(find=lambda cells, needs: [found[json.dumps(cell)] for cell in cells])
+    launched = []
+    monkeypatch.setattr("experiments.__main__.read", lambda request, known: runs)
+    monkeypatch.setattr("experiments.__main__.launch", lambda rows, *how: launched.extend(row.cell for row in rows))
+    assert main(["table6", f"outputs={tmp_path}", "logger=none"]) == status
+    assert launched == [first] * missing
+    before, after = capsys.readouterr().out.split(" more rows, which two cores take long for, are made by:\n")
+    offered = [line for line in after.splitlines() if line.startswith("python run.py ")]
+    assert len(offered) == int(before.split()[-1]) == 60 + 3 * (4 - missing)  # grids; CoinFlip at err 0.4 by mode
+    assert not any("task=coinflip" in line and "err=0.4" not in line for line in offered)
+    assert before.count("python run.py ") == missing and ("written:" in before) is not bool(missing)
+
+
+def test_the_listing_tells_what_is_offered_from_what_is_missing(table_6, monkeypatch):
+    monkeypatch.setattr("experiments.__main__.names", lambda: ["table6"])
+    find = SimpleNamespace(find=lambda cells, needs: [Row(cell, why="never run") for cell in cells])
+    *_, laptop, paper = listing(find).splitlines()
+    assert "0 done, 12 missing, 60 more offered, more may follow" in laptop
+    assert "0 done, 270 missing, more may follow" in paper
+
+
+def test_table_6_counts_the_answers_of_the_puzzles_that_are_generated():
+    puzzles = [puzzle["answer"] for puzzle in coin_flips(500, 0)]
+    said = f"yes is right for {puzzles[:350].count('yes')} of 350 that are trained on"
+    assert said in table6.generated() and f"no for the other {puzzles[350:].count('no')};" in table6.generated()
 
 
 @pytest.fixture

@@ -182,6 +182,17 @@ def test_a_curve_that_is_not_finite_and_a_name_that_is_markup_do_no_harm(tmp_pat
     assert data["runs"]['"><b id=x>']["curves"] == {"train/loss": [[1, 3.0], [2, None], [3, None]]}
 
 
+@pytest.mark.parametrize(("done", "said"), [(True, "1 of 1 runs"), (False, "0 of 1 runs")])
+def test_runs_that_an_artefact_offers_are_counted_apart(tmp_path, done, said):
+    record = Record("0", "done", {}) if done else None
+    cells = [{"mode": "welore", "err": err} for err in ERRS]
+    rows = [Row(cells[0], tmp_path, record, "never run"), Row(cells[1], why="never run", offered=True)]
+    text = report._scale(report.Sheet("table6", "laptop", "", "", rows, None, "", str(tmp_path)), True)
+    assert said in text and ("1 of 1 runs are missing" in text) is not done
+    beyond = text.partition("1 more runs are offered")[2]
+    assert "err=0.5" in beyond and "err=0.3" not in beyond
+
+
 def test_a_figure_is_drawn_anew_when_the_code_that_draws_it_has_changed(tmp_path, monkeypatch):
     sheet, drawn = report.Sheet("figure7", "laptop", "", "", [], None, "", str(tmp_path)), []
     monkeypatch.setattr(report, "png", lambda figure: drawn.append(figure) or b"a picture")
