@@ -128,7 +128,7 @@ def claims(found: dict[Key, Study]) -> list[Claim]:
     there = {(task, err) for task, err, _ in said}
     ours = {(_place(task, err), mode): study for (task, err, mode), study in said.items()}
     places = list(dict.fromkeys(_place(task, err) for task, err, _ in said if err > 0))
-    # Beyond one err: of a benchmark that is offered, the dense model must be there too.
+    # The last claim compares two errs, of which a benchmark that is offered must have both.
     needed = {task for (task, _, _), study in found.items() if not _offered(study)}
     tasks = [task for task in TASKS if (task, 0.3) in there and (task in needed or (task, 0.0) in there)]
 

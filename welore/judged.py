@@ -187,12 +187,12 @@ class Hearing(Benchmark):
 
         def make() -> tuple[list[str], float]:
             started = time.perf_counter()
-            said = replies(model, self.tokenizer, prompts, self.task.batch, self.task.new_tokens, dtype, title)
-            return said, time.perf_counter() - started
+            new = replies(model, self.tokenizer, prompts, self.task.batch, self.task.new_tokens, dtype, title)
+            return new, time.perf_counter() - started
 
         def read(path: Path) -> tuple[list[str], float]:
-            said, took = json.loads(path.read_text())
-            return said, took
+            new, took = json.loads(path.read_text())
+            return new, took
 
         def write(made: tuple[list[str], float], path: Path) -> None:
             path.write_text(json.dumps(made))

@@ -178,7 +178,7 @@ class Questions(Task):
 
     def read(self, written: str) -> str | None:
         """The answer in what the model wrote after the prompt; None where there is none."""
-        # A number is read whole or not at all: neither the 3 nor the 5 of 3.5kg.
+        # A number is read whole or not at all: neither the 3 of 3.5kg nor the 5 of x3.5.
         word = rf"(?<!\w)(?!(?<=\d\.)\d)(?>{self.pattern})(?!\w)"
         pattern = self.pattern if self.rule == "paper" else word
         found = re.search(pattern, written)
