@@ -51,6 +51,7 @@ PAPER = {  # percent, as printed, by err and mode in the order of TASKS
 
 
 def cells(scale: str) -> list[Cell]:
+    """Those that are offered come last."""
     laptop = scale == "laptop"
     shared = {"model": MODELS[scale][0], "ranks": "welore"}
     if laptop:
@@ -60,7 +61,8 @@ def cells(scale: str) -> list[Cell]:
         for task, err, mode in product(TASKS, [TRIED_AT] if laptop else ERRS, MODES)
         if (err, mode) in PAPER
     ]
-    return [cell for start in starts for cell in tuning.grid(start)]
+    found = [cell for start in starts for cell in tuning.grid(start)]
+    return sorted(found, key=lambda cell: offered(scale, cell))
 
 
 def offered(scale: str, cell: Cell) -> bool:
