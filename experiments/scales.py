@@ -70,9 +70,14 @@ def questions(scale: str, task: str) -> Cell:
     """
     if scale == "paper":
         return {"task": task, "task/training": "downstream"}
+    return {"task": task, "task/training": "questions", "task.scored": "answer"} | asked_of(scale, task)
+
+
+def asked_of(scale: str, task: str) -> Cell:
+    """A benchmark that nothing is trained on."""
     folder = local("tasks") / FOLDERS.get(task, task)
-    there = {"task.path": str(folder)} if task != "coinflip" and folder.is_dir() else {}
-    return {"task": task, "task/training": "questions", "task.scored": "answer"} | there
+    there = scale == "laptop" and task != "coinflip" and folder.is_dir()
+    return {"task": task} | ({"task.path": str(folder)} if there else {})
 
 
 def judge(scale: str) -> Cell:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from experiments import (
     ablation,
     equal_budget,
+    every_task,
     figure3,
     figure7,
     figure8,
@@ -108,7 +109,12 @@ ANSWERED = {
     "eval/chance": 0.5,
     "eval/unparsed": 1,
     "compressed/correct": 15,
+    "compressed/unparsed": 1,
+    "dense/parameters": 130_000_000,
+    "dense/correct": 75,
+    "dense/unparsed": 0,
     "dense/accuracy": 0.5,
+    "dense/option_accuracy": 0.5,
     "compressed/accuracy": 0.1,
     "compressed/score": 5.0,
     "compressed/judged": 160,
@@ -141,7 +147,7 @@ def leave_spectra(folder):
     save_file(spectra, folder / "spectra.safetensors")
     line = {"step": 0, "train/loss": 3.0, "train/peak_gib": 2.0, "validation/perplexity": 20.0}
     (folder / "history.jsonl").write_text(json.dumps(line) + "\n")
-    for stage in ("compressed", "tuned"):
+    for stage in ("dense", "compressed", "tuned"):
         lines = [{"verdict": "right"} | rated_twice(6, None), {"verdict": "unparsed"} | rated_twice(6, 7)]
         (folder / f"answers-{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "ranks.json").write_text(json.dumps(ranks))
@@ -285,7 +291,7 @@ def test_the_artefacts_of_the_paper_are_found():
 def test_an_artefact_says_what_it_is_and_what_it_costs(name):
     caption, cost = about(load(name))
     assert caption.startswith(
-        ("Table", "Figure", "Equal budgets", "Ablation", "Who learns", "Why low rank", "Recover", "Every mode")
+        ("Table", "Figure", "Equal budgets", "Ablation", "Who learns", "Why low rank", "Recover", "Every")
     ) and caption.endswith(".")
     assert cost.startswith("Cost: ") and "laptop" in cost and "paper" in cost
 
@@ -388,6 +394,21 @@ def test_an_artefact_says_err_keep_parameters_and_the_dense_baseline(name, tmp_p
 def test_the_paper_claims_nothing_of_activation_guided_factors_that_its_numbers_do_not_bear_out():
     said = [claim.row()[1] for claim in table3.claims([], {}) + v1_table6.claims([], {})]
     assert said.count("holds (5 of 5)") == 9 and said.count("—") == 3  # it prints no numbers for ASVD proper
+
+
+def test_every_task_sets_the_cut_model_beside_the_dense_one_on_the_same_questions(tmp_path):
+    rows = whole("every_task", "laptop", tmp_path)
+    rows[0] = changed(rows[0], **{"dense/correct": 90, "compressed/option_accuracy": 0.25})
+    page = every_task.render(rows)
+    dense, cut = (dict(zip(page.header, line, strict=True)) for line in page.body[:2])
+    assert (dense["model"], dense["right / asked"], dense["parameters"]) == ("dense", "90 / 150", "130.0M")
+    assert (cut["right, %"], cut["by likelihood, %"], cut["unparsed"]) == ("10.0", "25.0", "1")
+    found = {claim.text: verdict(claim.ours) for claim in page.claims}
+    assert found["the dense model answers more than the cut one"] == "holds (7 of 7)"
+    # The answers of the two are the same in these folders, and 75 of 150 is chance.
+    assert found["the same, McNemar p < 0.05"].startswith("does not hold: commonsenseqa, svamp")
+    above = next(text for text in found if "most frequent" in text)
+    assert found[above].startswith("does not hold: svamp")
 
 
 def test_table_2_asks_the_papers_three_tasks_at_its_scale_and_a_judge_where_there_is_no_right_answer():
