@@ -1,10 +1,13 @@
 import json
+import re
 from ast import literal_eval
 
 import pytest
 import torch
+from conftest import ROOT
 
 from welore.checkpoint import load
+from welore.config import compose, to_config
 from welore.errors import Refused
 from welore.harness import answers as lines_of
 from welore.harness import broken_tasks, numbers, with_groups
@@ -192,3 +195,24 @@ def test_a_missing_package_is_named(asked, monkeypatch, tmp_path):
 def test_a_path_that_is_no_folder_is_named(configured):
     with pytest.raises(Refused, match="is no folder of task files"):
         configured("task=lm_eval", "mode=none", "task.path=/no/such").task.identity()
+
+
+@pytest.mark.real
+def test_the_example_of_the_guide_is_answered_as_it_says(tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    guide = (ROOT / "docs" / "tasks.md").read_text()
+    task, questions = re.search(
+        r"`my_tasks/sums.yaml`:\n\n```yaml\n(.*?)```.*?```json\n(.*?)```", guide, re.S
+    ).groups()
+    (tmp_path / "my_tasks").mkdir()
+    (tmp_path / "my_tasks" / "sums.yaml").write_text(task)
+    (tmp_path / "my_tasks" / "sums.jsonl").write_text(questions)
+    monkeypatch.chdir(tmp_path)
+    asked = ["task=lm_eval", "task.tasks=[sums]", "task.path=my_tasks", "err=0.3", "mode=none", "save=false"]
+    config = to_config(compose([*asked, "trainer=cpu", "logger=none", f"outputs={tmp_path / 'outputs'}"]))
+    record = run(config, tmp_path / "run")
+    assert record.metrics["dense/lm_eval/sums/acc"] == pytest.approx(1 / 3)
+    said = [float(value) for value in re.findall(r"-\d\.\d{4}", guide[guide.index("Its log p of") :])[:3]]
+    assert record.metrics["eval/examples"] == 3 and len(said) == 3
+    found = [literal_eval(answer)[0] for answer in answers(tmp_path / "run", "dense")[0]["answers"]]
+    assert found == pytest.approx(said, abs=0.02)  # in bfloat16, which kernels of another processor round otherwise
