@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
 from test_questions import FOLDERS
 
 from welore.config import compose, to_config
@@ -11,6 +12,16 @@ from welore.runner import run
 
 LIMIT = 2
 ASKED = {name: folder for name, (folder, *_) in FOLDERS.items()} | {"triviaqa": "triviaqa"}
+
+
+def sentence(answer):
+    """What docs/tasks.md says of an answer."""
+    written, verdict = answer["written"].replace("\n", r"\n"), answer["verdict"]
+    said = f"it writes `{written}`" + (f", of which `{answer['read']}` is read" if answer["read"] else "")
+    said = f"{said}: `{verdict}`"
+    if "option" in answer:
+        said += f"; likeliest is `{max(answer['nats'], key=answer['nats'].get)}`: `{answer['option']}`"
+    return " ".join(said.split())
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +52,7 @@ def test_the_compressed_default_model_answers_the_first_test_questions(name, out
     record = run(config, outputs / name)
     assert record.metrics["eval/examples"] == LIMIT
     asked = config.task.examples("test")[:LIMIT]
+    guide = " ".join((ROOT / "docs" / "tasks.md").read_text().split())
     for stage in ("dense", "compressed"):
         lines = (outputs / name / f"answers-{stage}.jsonl").read_text().split("\n")[:-1]
         answers = [json.loads(line, parse_constant=pytest.fail) for line in lines]
@@ -49,5 +61,6 @@ def test_the_compressed_default_model_answers_the_first_test_questions(name, out
             assert example.question in answer["prompt"] and example.passage in answer["prompt"]
             assert answer["verdict"] in ("right", "wrong", "unparsed") and answer["written"] is not None
             assert ("option" in answer) == bool(example.options)
+        assert sentence(answers[0]) in guide
         right = sum(answer["verdict"] == "right" for answer in answers)
         assert (record.metrics[f"{stage}/correct"], record.metrics[f"{stage}/accuracy"]) == (right, right / LIMIT)
