@@ -1,6 +1,6 @@
 """Table 5: perplexity and memory of LoRA, GaLore and WeLore tuning of the same compressed model, by rank reduction.
 
-Cost: laptop 27 runs and 38 or more that follow, about 3 hours on 2 CPU cores; paper at least 72, never measured.
+Cost: laptop 27 runs and 42 or so that follow, about 3 hours on 2 CPU cores; paper at least 72, never measured.
 
 It holds the memory rows of Table 4 in the paper's first version. The paper tunes all three at one learning rate; here
 each has its own. At laptop scale the factors are K-FAC's at WeLore's ranks, as in Table 6: with plain ones the small

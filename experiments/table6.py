@@ -110,9 +110,9 @@ def generated() -> str:
     train = [example.answer for split in ("train", "validation") for example in task.examples(split)]
     test = [example.answer for example in task.examples("test")]
     return (
-        f"CoinFlip's puzzles are generated: yes is right for {train.count('yes')} of {len(train)} that are trained on "
-        f"and {test.count('yes')} of {len(test)} that are asked, no for the other {test.count('no')}; in the paper's "
-        f"file for 76 and 74"
+        f"CoinFlip's puzzles are generated: yes is right for {train.count('yes')} of {len(train)} that are for "
+        f"training and {test.count('yes')} of {len(test)} that are asked, no for the other {test.count('no')}; in the "
+        f"paper's file for 76 and 74"
     )
 
 

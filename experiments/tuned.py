@@ -1,7 +1,7 @@
 """What a table prints of a study, and the comparisons between studies that claims are made of."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from experiments.cells import Row
 from experiments.compare import below, budget, joined, measured, ratio
@@ -110,44 +110,51 @@ def value(study: Study | None, metric: metrics.Metric) -> float | None:
     return taken(study.first, metric)
 
 
-def costs(found: Found, metric: metrics.Metric) -> list[Numbers]:
-    """Speed or memory by seed, of the studies at each place where all of them ran that seed on one device.
+def costs(studies: Sequence[Study], metric: metrics.Metric) -> list[list[float | None] | None]:
+    """Speed or memory of the studies by seed; None for a seed that not all of them ran on one device.
 
     What two devices take cannot be compared.
     """
-    by_seed: dict[int, Numbers] = {}
-    for place in dict.fromkeys(place for place, _ in found):
-        columns = {column: _seeds(study) for (where, column), study in found.items() if where == place}
-        for seed in set.intersection(*map(set, columns.values())):
-            if len({_device(runs[seed]) for runs in columns.values()}) == 1:
-                numbers = {(place, column): taken(runs[seed], metric) for column, runs in columns.items()}
-                by_seed.setdefault(seed, {}).update(numbers)
-    return [by_seed[seed] for seed in sorted(by_seed)]
+    by_seed = [{row.cell["seed"]: row for row in study.runs if row.record} for study in studies]
+    return [_on_one_device([runs.get(seed) for runs in by_seed], metric) for seed in sorted(set().union(*by_seed))]
 
 
-def _seeds(study: Study) -> dict[int, Row]:
-    return {row.cell["seed"]: row for row in study.runs if row.record}
+def _on_one_device(rows: Sequence[Row | None], metric: metrics.Metric) -> list[float | None] | None:
+    if None in rows or len({_device(row) for row in rows}) > 1:
+        return None
+    return [taken(row, metric) for row in rows]
 
 
 def cheaper(found: Found, metric: metrics.Metric, places: Sequence[str], column: str, other: str) -> Outcomes:
     """`lower` for speed or memory: one run is slowed by whatever runs beside it, so that all seeds must say it."""
-    return agreed([lower(numbers, places, column, other) for numbers in costs(found, metric)], places)
+    return {place: _agreed(found, metric, place, column, other, below) for place in places}
 
 
 def within(
     found: Found, metric: metrics.Metric, places: Sequence[str], over: str, under: str, low: float, high: float
 ) -> Outcomes:
     """`bounded` for speed or memory, as all seeds say."""
-    return agreed([bounded(numbers, places, over, under, low, high) for numbers in costs(found, metric)], places)
+
+    def holds(one: float | None, two: float | None) -> bool | None:
+        return _inside(ratio(one, two), low, high)
+
+    return {place: _agreed(found, metric, place, over, under, holds) for place in places}
 
 
-def agreed(by_seed: Sequence[Outcomes], places: Sequence[str]) -> Outcomes:
-    """What the seeds that can be compared at a place all say; None where they disagree, or there are none."""
-    outcomes: Outcomes = {}
-    for place in places:
-        said = {outcomes_of_seed[place] for outcomes_of_seed in by_seed} - {None}
-        outcomes[place] = said.pop() if len(said) == 1 else None
-    return outcomes
+def _agreed(
+    found: Found,
+    metric: metrics.Metric,
+    place: str,
+    one: str,
+    other: str,
+    holds: Callable[[float | None, float | None], bool | None],
+) -> bool | None:
+    """What all seeds of two studies say; None where they disagree, or where one of them cannot be compared."""
+    if (place, one) not in found or (place, other) not in found:
+        return None
+    pairs = costs([found[place, one], found[place, other]], metric)
+    said = {None if pair is None else holds(*pair) for pair in pairs}
+    return said.pop() if len(said) == 1 else None
 
 
 def lower(numbers: Numbers, places: Sequence[str], column: str, other: str) -> Outcomes:
@@ -158,7 +165,11 @@ def lower(numbers: Numbers, places: Sequence[str], column: str, other: str) -> O
 def bounded(numbers: Numbers, places: Sequence[str], over: str, under: str, low: float, high: float) -> Outcomes:
     """Whether the ratio of two columns lies within bounds, at each place."""
     found = {place: ratio(numbers.get((place, over)), numbers.get((place, under))) for place in places}
-    return {place: None if value is None else low <= value <= high for place, value in found.items()}
+    return {place: _inside(value, low, high) for place, value in found.items()}
+
+
+def _inside(value: float | None, low: float, high: float) -> bool | None:
+    return None if value is None else low <= value <= high
 
 
 def rising(numbers: Numbers, lines: Sequence[Sequence[str]], over: str, under: str) -> Outcomes:
@@ -194,9 +205,10 @@ def training_picture(labelled: dict[str, Study], title: str):
         "training loss, nats": {k: curve(row.folder, metrics.TRAIN_LOSS.key) for k, row in firsts.items()},
         "validation perplexity": {k: validation_curve(row.folder) for k, row in firsts.items()},
     }
-    speeds = costs({("", k): study for k, study in labelled.items()}, metrics.FIT_TOKENS_PER_SECOND)
+    speeds = costs(list(labelled.values()), metrics.FIT_TOKENS_PER_SECOND)
+    shared = next((speed for speed in speeds if speed), [None] * len(firsts))
     bars = {
-        "training tokens/s": {k: speeds[0]["", k] if speeds else None for k in firsts},
+        "training tokens/s": dict(zip(firsts, shared, strict=True)),
         "trained parameters, millions": {
             k: _million(row.found(metrics.TRAINABLE_PARAMETERS)) for k, row in firsts.items()
         },

@@ -316,8 +316,9 @@ def test_outputs_that_cannot_be_written(place, tmp_path, capsys):
     assert "cannot be written" in message and "outputs=FOLDER" in message and "Traceback" not in message
 
 
-def test_a_loss_that_is_not_finite_names_the_layer_and_leaves_a_failed_record(complaint, tmp_path):
-    status, message = complaint(["mode.lr=1e9"])
+@pytest.mark.parametrize("autocast", ["null", "bfloat16"])
+def test_a_loss_that_is_not_finite_names_the_layer_and_leaves_a_failed_record(complaint, tmp_path, autocast):
+    status, message = complaint(["mode.lr=1e9", f"model.autocast={autocast}"])
     assert status == 1 and "loss of step 1 is nan" in message and "model.layers.0" in message
     record = Record.read(tmp_path / "outputs" / "run")
     assert record.status == "failed" and record.error.startswith("FloatingPointError: the loss of step 1")

@@ -866,7 +866,7 @@ def test_the_listing_tells_what_is_offered_from_what_is_missing(table_6, monkeyp
 
 def test_table_6_counts_the_answers_of_the_puzzles_that_are_generated():
     puzzles = [puzzle["answer"] for puzzle in coin_flips(500, 0)]
-    said = f"yes is right for {puzzles[:350].count('yes')} of 350 that are trained on"
+    said = f"yes is right for {puzzles[:350].count('yes')} of 350 that are for training"
     assert said in table6.generated() and f"no for the other {puzzles[350:].count('no')};" in table6.generated()
 
 

@@ -238,7 +238,7 @@ TRICKY = [
     ("svamp", " 51.", "51.", "51."),
     ("svamp", " $4", "4", "4"),
     ("svamp", " -3.5 apples", "-3.5", "-3.5"),
-    ("svamp", " 1,200", "1", "1"),
+    ("svamp", " 1,200", "1", None),
     ("svamp", " three", None, None),
     ("svamp", " 7/2", "7", "7"),
     ("svamp", " x2", "2", None),
@@ -246,6 +246,9 @@ TRICKY = [
     ("svamp", " 10.30am", "10.30", None),
     ("svamp", " 12.50x", "12.50", None),
     ("svamp", " x3.5", "3.5", None),
+    ("svamp", " 1,000 dollars", "1", None),
+    ("svamp", " version 1.2.3", "1.2", None),
+    ("svamp", " .5 of 12, or so", "5", "12"),
     ("svamp", " 3.5kg of 4.25", "3.5", "4.25"),
     ("svamp", " 12.50 dollars", "12.50", "12.50"),
 ]

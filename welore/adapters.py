@@ -144,10 +144,6 @@ class Inserted(Adam):
     """Adapters of peft that replace linear layers and add a full matrix: on the factors of LRCs, never on products,
     whose rank a full matrix would not leave small."""
 
-    @property
-    def foreseen(self) -> bool:
-        return False
-
     def inject(self, model: PreTrainedModel, config: Any) -> None:
         from peft import inject_adapter_in_model
 

@@ -25,6 +25,7 @@ class Chosen(Adam):
     division, the LRCs are what is factored.
     """
 
+    foreseen = True
     who: str
     seed: int
 

@@ -110,7 +110,7 @@ def passes(
 ) -> Iterator[list[int]]:
     """The places of at most `batch` sequences of similar lengths, the longest first, so that memory peaks at once."""
     order = sorted(range(len(sequences)), key=lambda place: -len(sequences[place]))
-    bar = tqdm(total=len(order), desc=title, unit="question", leave=False)
+    bar = tqdm(total=len(order), desc=title, unit="question", leave=False, disable=len(order) <= batch)  # one pass
     while order:
         size = max(1, min(batch, tokens // len(sequences[order[0]])))
         places, order = order[:size], order[size:]

@@ -104,7 +104,7 @@ class HarnessRun(Benchmark):
     def identity(self) -> tuple[str | bytes, ...]:
         from importlib.metadata import version
 
-        how = f"{self.title} {version('lm-eval')} batch {self.task.batch}"
+        how = f"{self.title} {version('lm-eval')} batch {self.task.batch} none of what is not finite"
         return how, self.task.identity(), self.content, tokenizer_identity(self.tokenizer)
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:

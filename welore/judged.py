@@ -115,7 +115,7 @@ class Hearing(Benchmark):
     def identity(self) -> tuple[str | bytes, ...]:
         asked = [(request.messages, request.aspects, request.form) for request in self.requests("")]
         found = [self.judge.science(), self.task.measures, asked]
-        return f"{self.title} {self._how()}", *map(json.dumps, found)
+        return f"{self.title} {self._how()} echoes are no ratings", *map(json.dumps, found)
 
     def requests(self, answer: str) -> list[Request]:
         """All that a judge is asked where every answer is this one."""

@@ -25,6 +25,7 @@ class Mode:
 
     name: str
     division = None  # LRCs are what is factored, unless `divide` tells otherwise
+    foreseen = False  # whether its passes save what `welore.memory` tells from shapes alone
 
     @property
     def trains(self) -> bool:
@@ -57,12 +58,7 @@ class Mode:
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         raise NotImplementedError
 
-    @property
-    def foreseen(self) -> bool:
-        """Whether its passes save what `welore.memory` can tell from shapes alone."""
-        return False
-
-    def state_bytes(self, parameters: list[nn.Parameter]) -> int:
+    def kept_bytes(self, parameters: list[nn.Parameter]) -> int:
         """What its optimizer keeps between steps, beside float32 masters."""
         raise NotImplementedError
 
@@ -112,11 +108,7 @@ class Adam(Mode):
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return AdamW(parameters, **self.adam)
 
-    @property
-    def foreseen(self) -> bool:
-        return not (self.refactors or self.takes_turns)
-
-    def state_bytes(self, parameters: list[nn.Parameter]) -> int:
+    def kept_bytes(self, parameters: list[nn.Parameter]) -> int:
         return sum(2 * FLOAT32 * p.numel() for p in parameters)
 
     def normalizations(self, model: PreTrainedModel) -> list[nn.Parameter]:
@@ -127,6 +119,8 @@ class Adam(Mode):
 class Lrc(Adam):
     """Train the factors of the low-rank components only (WeLore-PEFT, Section 3.2)."""
 
+    foreseen = True
+
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
         parameters = side_parameters(model, self.division, lrc=True)
         return parameters and parameters + self.normalizations(model)
@@ -136,6 +130,8 @@ class Lrc(Adam):
 class NLrc(Adam):
     """Train the weights that stayed dense only (Figure 4)."""
 
+    foreseen = True
+
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
         parameters = side_parameters(model, self.division, lrc=False)
         return parameters and parameters + self.normalizations(model)
@@ -144,6 +140,8 @@ class NLrc(Adam):
 @dataclass
 class Full(Adam):
     """Train LRCs and N-LRCs; embeddings and `lm_head` stay frozen, as in the authors' full fine-tuning."""
+
+    foreseen = True
 
     def trainables(self, model: PreTrainedModel) -> list[nn.Parameter]:
         return component_parameters(model, nn.Module) + self.normalizations(model)
@@ -182,12 +180,12 @@ class GaLore(Full):
                 f"matrices that it trains the longest shorter side is {widest}. Write {lower}mode=full."
             )
 
-    def state_bytes(self, parameters: list[nn.Parameter]) -> int:
+    def kept_bytes(self, parameters: list[nn.Parameter]) -> int:
         """Two moments of each projected gradient and its projection; two moments of what is not projected."""
         projected = [p for p in parameters if self._projects(p)]
         rest = [p for p in parameters if not self._projects(p)]
         low = sum(FLOAT32 * self.rank * (2 * max(p.shape) + min(p.shape)) for p in projected)
-        return low + super().state_bytes(rest)
+        return low + super().kept_bytes(rest)
 
     def step_bytes(self, parameters: list[nn.Parameter]) -> int:
         """The update of one weight, or the eigenvectors of the Gram matrix of its gradient."""
@@ -212,6 +210,7 @@ class Lora(Adam):
     that its rank grows by `rank`.
     """
 
+    foreseen = True
     rank: int
     alpha: float
     dropout: float

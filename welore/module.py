@@ -56,7 +56,7 @@ class Tuner(LightningModule):
         return loss
 
     def on_after_backward(self) -> None:
-        """Read the loss where both passes are under way: before them a GPU would wait for it in between."""
+        """Read the loss after both passes: read between them, it leaves a GPU idle until the second is launched."""
         loss, batch = float(self._pass[0]), self._pass[1]
         if self._anywhere(not math.isfinite(loss)):
             raise FloatingPointError(f"the loss of step {self.global_step} is {self._not_finite(loss, batch)}")
@@ -72,7 +72,8 @@ class Tuner(LightningModule):
     def _not_finite(self, loss: float, batch: dict[str, Tensor]) -> str:
         if processes.count() > 1:  # a layer that is cut is whole only where all of them compute it
             return f"not finite in at least one of {processes.count()} processes"
-        return f"{loss}; it starts in {first_not_finite(self.model, batch['ids_BL'])}"
+        with self.trainer.precision_plugin.forward_context():  # which Lightning opens around training_step alone
+            return f"{loss}; it starts in {first_not_finite(self.model, batch['ids_BL'])}"
 
     def on_train_batch_end(self, outputs, batch, index) -> None:
         if (index + 1) % self.training_config.accumulate:

@@ -130,6 +130,7 @@ class Lisa(Full):
     their mean (OwLore). There |W| is weighed by the norms of its inputs; here it is not, so that no text is needed.
     """
 
+    foreseen = False
     layers: int
     gap: int
     seed: int

@@ -178,8 +178,8 @@ class Questions(Task):
 
     def read(self, written: str) -> str | None:
         """The answer in what the model wrote after the prompt; None where there is none."""
-        # A number is read whole or not at all: neither the 3 of 3.5kg nor the 5 of x3.5.
-        word = rf"(?<!\w)(?!(?<=\d\.)\d)(?>{self.pattern})(?!\w)"
+        # A number is read whole or not at all: neither the 3 of 3.5kg nor the 5 of x3.5, nor the 1 of 1,000.
+        word = rf"(?<!\w)(?!(?<=[.,])\d)(?>{self.pattern})(?!\w|[.,]\d)"
         pattern = self.pattern if self.rule == "paper" else word
         found = re.search(pattern, written)
         return found.group() if found else None
@@ -193,7 +193,8 @@ class Questions(Task):
             raise Refused(f"task={self.name} has no options, so task.scoring=likelihood is impossible. Write written.")
         practice = self.examples("train")[: self.train_limit] if self.train_limit else []
         sitting = Sitting(self.style == "paper", self.batch, self.new_tokens, self.scoring, self.read, self.right)
-        questions = f"{len(asked)} of {len(test)} test questions, style {self.style}, rule {self.rule}"
+        rule = {"word": "word, numbers whole"}.get(self.rule, self.rule)
+        questions = f"{len(asked)} of {len(test)} test questions, style {self.style}, rule {rule}"
         title = f"{self.name}: {questions}, greedy"
         return Exam(self.items(asked, tokenizer), self.items(practice, tokenizer), tokenizer, sitting, title)
 

@@ -18,8 +18,8 @@ from welore.optim import Float32Masters
 class Limited(GaLore):
     """Whole gradients are stepped, of which the growth is held: a norm is kept of each."""
 
-    def state_bytes(self, parameters: list[nn.Parameter]) -> int:
-        return super().state_bytes(parameters) + FLOAT32 * sum(map(self._projects, parameters))
+    def kept_bytes(self, parameters: list[nn.Parameter]) -> int:
+        return super().kept_bytes(parameters) + FLOAT32 * sum(map(self._projects, parameters))
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Muon(Full):
         if not hasattr(torch.optim, "Muon"):
             raise Refused(f"mode=muon needs torch.optim.Muon, and torch {torch.__version__} has none. Use torch 2.9.")
 
-    def state_bytes(self, parameters: list[nn.Parameter]) -> int:
+    def kept_bytes(self, parameters: list[nn.Parameter]) -> int:
         """One momentum of a matrix, two moments of a vector."""
         return sum((1 if p.ndim == 2 else 2) * FLOAT32 * p.numel() for p in parameters)
 
@@ -106,7 +106,7 @@ class EightBit:
                 f"mode={self.name} needs bitsandbytes, which is not installed. Run: pip install bitsandbytes"
             )
 
-    def state_bytes(self, parameters: list[nn.Parameter]) -> int:
+    def kept_bytes(self, parameters: list[nn.Parameter]) -> int:
         """What bitsandbytes keeps (read in version 0.50.2): for each moment a byte a number, and a float32 scale for
         every 256 of them. Tensors of less than 4,096 numbers keep float32. Two tables of 256 values are shared by all.
         """
