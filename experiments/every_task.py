@@ -1,6 +1,6 @@
 """Every task: what the default model answers of each benchmark, dense and cut, before anything is tuned.
 
-Cost: laptop 7 runs of 2 to 5 minutes on one CPU thread; paper 7, never measured.
+Cost: laptop 7 runs of 1 to 4 minutes on one CPU thread; paper 7, never measured.
 
 The paper tunes before it asks (Table 6). What a model knew is shown here, and whether it answers in the form that the
 published patterns read. At laptop scale the first 150 test questions of each are asked, of the original files where
