@@ -1,6 +1,7 @@
 """Measure what this package claims about speed and memory, each figure beside its limit and in one run.
 
 usage: python scripts/bench.py [--model smollm2_135m] [--batch 4] [--length 256] [--out FILE.json] [overrides]
+       python scripts/bench.py --only spectra      one of them as JSON: spectra, together, welore, full, loss-49152
 
 Ratios are of medians of alternating measurements, so that a machine that slows down slows both sides. Results are
 printed and written as JSON with the device and the versions.
@@ -157,6 +158,8 @@ def measure(arguments: argparse.Namespace, config: Config, device: torch.device)
 
 def only(arguments: argparse.Namespace, config: Config, device: torch.device) -> dict:
     modes = {name: to_config(compose([f"mode={name}"])).mode for name in ("welore", "full")}
+    if arguments.only == "spectra":
+        return spectra_against_svd(device)
     if arguments.only.startswith("loss-"):
         return loss_memory(int(arguments.only.removeprefix("loss-")))
     chosen = modes if arguments.only == "together" else {n: m for n, m in modes.items() if n == arguments.only}
@@ -169,7 +172,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"), help="where the figures go")
-    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--only", metavar="WHAT", help="print one measurement as JSON")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5")
     arguments = parser.parse_args()
     config = to_config(compose([f"model={arguments.model}", *arguments.overrides]))

@@ -1,17 +1,18 @@
 """Measure prefill and decoding of a compressed model against the dense one, beside what FLOPs and bytes allow.
 
 usage: python scripts/bench_inference.py [--model smollm2_135m] [--err 0.3 0.5] [--batch 1 4] [--prompt 512]
-           [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--random] [--compile]
+           [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--random] [--compile] [--parts]
            [--out FILE.json] [overrides]
        python scripts/bench_inference.py --rounds 0 --batch 1 --prompt 512 1024 2048 4096      memory alone
        python scripts/bench_inference.py --model llama2_7b --random --err 0.3 0.5 0.7          on a GPU
 
 Dense and compressed take turns on the same prompt, each as it is and fused (welore/fuse.py). A compressed model is
-slower than it need be where a ratio of speeds is below both the ratio of FLOPs and that of bytes. On a GPU decoding is
+slower than it need be where a ratio of speeds is below both the ratio of FLOPs and that of bytes. On a GPU both are
 also measured as the replay of a captured graph. Peak memory is that of each model and length, as it is, at the largest
 batch, on a CPU in a process for each. With --random nothing is loaded or decomposed: random weights in the model's
 shapes, and a stand-in for ranks of each err. With --compile the dense, the compressed and the fused compressed models
 are measured behind torch.compile too, after the turns of the others, with the seconds of compiling beside the speed.
+With --parts a profile says how much of a prefill is products with weights, how much attention and how much the rest.
 """
 
 import argparse
@@ -41,6 +42,8 @@ from welore.inference import (
     decode_flops,
     generate,
     prefill_flops,
+    prefill_parts,
+    product_flops,
     race,
 )
 from welore.measure import GIB, give_back, peak_memory
@@ -106,11 +109,23 @@ def compare(models: dict[str, PreTrainedModel], batch: int, length: int, argumen
         "decode ratio": {name: speed.decode / found[DENSE].decode for name, speed in found.items()},
         "decode FLOPs ratio": decode_flops(dense, context) / decode_flops(small, context),
         "replayed ratio": {n: speed.replayed / found[DENSE].replayed for n, speed in found.items() if speed.replayed},
+        "read replayed ratio": {
+            name: speed.read_replayed / found[DENSE].read_replayed for name, speed in found.items() if speed.replayed
+        },
         "decode bytes ratio": decode_bytes(dense, batch, context) / decode_bytes(small, batch, context),
     }
+    if arguments.parts:
+        parts = {name: prefill_parts(model, prompt(dense, batch, length)) for name, model in models.items()}
+        ratio = product_flops(dense, length) / product_flops(small, length)
+        row |= {"prefill parts": parts, "prefill limit": attainable(parts[DENSE], ratio)}
     if arguments.compile:
         row |= behind_compile(models, batch, length, arguments, found[DENSE])
     return row
+
+
+def attainable(dense: dict[str, float], ratio: float) -> float:
+    """How much faster a prefill can be of which products with weights alone get cheaper, by the ratio of their FLOPs."""
+    return sum(dense.values()) / (sum(dense.values()) - dense["products"] * (1 - 1 / ratio))
 
 
 def behind_compile(
@@ -148,6 +163,12 @@ def line(row: dict) -> str:
         )
         if speed["replayed"]:
             lines[-1] += f"   replayed {speed['replayed']:7.1f} tokens/s, ratio {row['replayed ratio'][name]:.3f}"
+            lines[-1] += f", reading {speed['read_replayed']:8.1f}, ratio {row['read replayed ratio'][name]:.3f}"
+    for name, parts in row.get("prefill parts", {}).items():
+        known = "   ".join(f"{part} {1000 * taken:7.1f} ms" for part, taken in parts.items())
+        lines.append(f"  {name:22} prefill on the device: {known}")
+    if "prefill limit" in row:
+        lines.append(f"  {'':22} allowed where products alone are faster: {row['prefill limit']:.3f}")
     for name, speed in row.get("compiled", {}).items():
         lines.append(
             f"  {name + ', compiled':30} prefill {speed['prefill']:8.1f} tokens/s, ratio"
@@ -221,6 +242,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of each model on each shape, in turns; 0: no speed")
     parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
     parser.add_argument("--compile", action="store_true", help="measure behind torch.compile too")
+    parser.add_argument("--parts", action="store_true", help="say what a prefill spends its time on")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_inference.json"), help="where the figures go")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as svd=plain (after a --)")

@@ -1,11 +1,13 @@
 """Measure `mode=lora` against transformers' Trainer with peft LoRA: equal model, texts, schedule, seed and adapters.
 
 usage: python scripts/bench_lora.py [--model smollm2_135m] [--steps 6] [--batch 4] [--length 256] [--rounds 2]
-           [--out FILE.json] [overrides]
+           [--random [--multiple 8]] [--out FILE.json] [overrides]
+       python scripts/bench_lora.py --model llama2_7b --random --multiple 8 --batch 4 --length 1024 err=0.5   on a GPU
 
 Both train in one process and in turns, each turn from the same compressed model, for as many steps in the same order.
 A step is forward, backward, clipping and optimizer; the first steps of a turn do not count. Losses of every step stand
-beside each other: they differ by rounding alone.
+beside each other: they differ by rounding alone. With --random nothing is loaded or decomposed: random weights in the
+model's shapes, a stand-in for ranks, and random tokens.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from welore import metrics
 from welore.batches import Batches, Rows, training_rows
-from welore.bench import compressed, write
+from welore.bench import compressed, stand_in_model, write
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.evaluate import frozen_weights_in
@@ -115,6 +117,22 @@ def theirs(model: PreTrainedModel, config: Config, rows: Rows) -> Turn:
     return clock.seconds, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+def real_start(config: Config, device: torch.device) -> tuple[PreTrainedModel, Rows]:
+    cache = Cache(Path(config.outputs) / ".cache")
+    model, _ = compressed(config, device, cache)
+    _, tokenizer = config.model.load(cache.folder)
+    return model, training_rows(config.task, tokenizer, cache, config.seed)
+
+
+def random_start(
+    config: Config, device: torch.device, arguments: argparse.Namespace
+) -> tuple[PreTrainedModel, Rows]:
+    model = stand_in_model(config, device, arguments.multiple)
+    rows, vocabulary = arguments.steps * arguments.batch, model.get_input_embeddings().weight.shape[0]
+    ids_BL = torch.randint(0, vocabulary, (rows, arguments.length), dtype=torch.int32)
+    return model, Rows(ids_BL, torch.full((rows,), arguments.length))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
@@ -122,6 +140,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each")
+    parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
+    parser.add_argument("--multiple", type=int, default=1, help="of which ranks are, with --random")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_lora.json"), help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5 mode.rank=16")
     arguments = parser.parse_args()
@@ -130,10 +150,8 @@ def main() -> None:
     sizes = [f"task.training.{key}={getattr(arguments, key)}" for key in ("steps", "batch", "length")]
     fixed = ["mode=lora", "task.training.tokens=null", "task.training.accumulate=1", "trainer.progress=false"]
     config = to_config(compose([f"model={arguments.model}", *sizes, *fixed, *arguments.overrides]))
-    device, cache = config.trainer.place(), Cache(Path(config.outputs) / ".cache")
-    _, tokenizer = config.model.load(cache.folder)
-    start, _ = compressed(config, device, cache)
-    rows = training_rows(config.task, tokenizer, cache, config.seed)
+    device = config.trainer.place()
+    start, rows = random_start(config, device, arguments) if arguments.random else real_start(config, device)
     taken: dict[str, list[Turn]] = {"ours": [], "transformers and peft": []}
     warnings.simplefilter("ignore")  # hints about workers and names that do not concern these runs
     for _ in range(arguments.rounds):
@@ -148,7 +166,7 @@ def main() -> None:
         print(f"step {step + 1}: loss " + "   ".join(f"{n} {v:.4f}" for n, v in zip(losses, pair, strict=True)))
     one, other = rates.values()
     print("   ".join(f"{n} {rate:.1f} tokens/s" for n, rate in rates.items()) + f"   ratio {one / other:.3f}")
-    shape = {key: getattr(arguments, key) for key in ("batch", "length", "steps", "rounds")}
+    shape = {key: getattr(arguments, key) for key in ("batch", "length", "steps", "rounds", "random")}
     shape |= {"model": config.model.name, "asked": config.asked}
     write(arguments.out, {"tokens_per_second": rates, "losses": losses, "shape": shape}, device)
     print(f"written to {arguments.out}")

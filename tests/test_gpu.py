@@ -8,7 +8,7 @@ import torch
 from welore.bench import measured, stand_in_model
 from welore.config import compose, to_config
 from welore.fuse import fuse
-from welore.inference import compiled, generate, generate_replayed
+from welore.inference import compiled, generate, generate_replayed, prefill_parts, read_replayed
 from welore.measure import give_back
 from welore.memory import Step, predict
 from welore.models import components
@@ -53,6 +53,13 @@ def test_a_replayed_graph_writes_the_tokens_of_the_model():
     replayed, timing = generate_replayed(model, ids_BL, 12)
     assert torch.equal(tokens, replayed) and len(timing.steps) == 9
     assert tokens.unique().numel() > 12
+    assert torch.equal(read_replayed(model, ids_BL, 2)[0], tokens[:, 0])
+
+
+def test_a_prefill_is_taken_apart_by_its_kernels():
+    model, _ = middle()
+    parts = prefill_parts(model.requires_grad_(False), torch.randint(0, 32000, (8, 512), device=GPU))
+    assert parts["products"] > parts["attention"] > 0 and parts["rest"] > 0
 
 
 def test_a_compiled_step_can_be_captured_and_writes_the_tokens_of_the_model():

@@ -14,7 +14,10 @@ from welore.inference import (
     generate,
     generate_replayed,
     prefill_flops,
+    prefill_parts,
+    product_flops,
     race,
+    read_replayed,
 )
 from welore.lowrank import factored_ranks
 from welore.models import components, count_bytes, count_parameters, flops_per_token
@@ -68,6 +71,18 @@ def test_a_race_gives_every_model_a_speed(compressed, pristine):
     assert all(speed.prefill > 0 and speed.decode > 0 for speed in speeds.values()) and len(speeds) == 2
 
 
+def test_the_first_token_of_a_replayed_prefill_is_that_of_the_model(compressed):
+    tokens, taken = read_replayed(compressed, IDS_BL, 3)
+    assert torch.equal(tokens, generate(compressed, IDS_BL, 4)[0][:, 0]) and len(taken) == 3
+
+
+def test_the_parts_of_a_prefill_follow_what_it_reads(compressed):
+    """Products grow with the tokens, attention with their square."""
+    short, long = (prefill_parts(compressed, torch.zeros(1, length, dtype=torch.long)) for length in (256, 4096))
+    assert min(short.values()) > 0
+    assert long["attention"] / short["attention"] > 2 * long["products"] / short["products"]
+
+
 def counted(run):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,6 +98,7 @@ def test_flops_are_those_that_torch_counts(compressed):
     found = counted(lambda: compressed(input_ids=IDS_BL, logits_to_keep=1))
     causal = layers * whole // 2
     assert found - causal == 2 * prefill_flops(compressed, 12)
+    assert found - layers * whole == 2 * product_flops(compressed, 12)
     cache = compressed(input_ids=IDS_BL, use_cache=True).past_key_values
     found = counted(lambda: compressed(input_ids=IDS_BL[:, :1], past_key_values=cache))
     assert found == 2 * decode_flops(compressed, 13)

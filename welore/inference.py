@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,10 @@ from transformers import PreTrainedModel, StaticCache
 from welore.lowrank import LowRankLinear
 from welore.measure import seconds, synchronize
 from welore.models import components, count_bytes
+
+
+# Of matrices, by the names that torch gives them where no gradient is wanted.
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mkldnn_linear", "_mkl_linear"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,52 @@ def generate_replayed(model: PreTrainedModel, ids_BL: Tensor, new: int) -> tuple
     nothing is captured. Timed are the steps from the fourth on; the prefill attends to the whole cache, under a mask.
     """
     return Writer(model, ids_BL, new, model).write()
+
+
+@torch.inference_mode()
+def read_replayed(model: PreTrainedModel, ids_BL: Tensor, rounds: int) -> tuple[Tensor, list[float]]:
+    """The token after each prompt, B, and the seconds of `rounds` prefills, on a GPU from one captured graph.
+
+    A graph is of one batch and length. Elsewhere nothing is captured.
+    """
+    token_B = ids_BL.new_zeros(len(ids_BL))
+
+    def read() -> None:
+        output = model(input_ids=ids_BL, use_cache=True, logits_to_keep=1)
+        token_B.copy_(output.logits[:, -1].argmax(dim=-1))
+
+    with _aside(ids_BL.device):
+        read()
+    replay = _captured(read, ids_BL.device)
+    return token_B, [seconds(replay, ids_BL.device) for _ in range(rounds + 1)][1:]
+
+
+def prefill_parts(model: PreTrainedModel, ids_BL: Tensor) -> dict[str, float]:
+    """Where the seconds of one prefill go on the device: products with weights, attention, and the rest.
+
+    They are those of the kernels, or on a CPU of the operations, by the operation that ran them: what a GPU waits for
+    Python is in none. The rest is norms, rotations, activations, residual sums, and the copies between them.
+    """
+    on_gpu = ids_BL.is_cuda
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.inference_mode():
+        work = partial(model, input_ids=ids_BL, use_cache=True, logits_to_keep=1)
+        work()
+        with torch.profiler.profile(activities={torch.profiler.ProfilerActivity.CPU, activity}) as profile:
+            work()
+            synchronize(ids_BL.device)
+    found = dict.fromkeys(("products", "attention", "rest"), 0.0)
+    for event in profile.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CPU:  # a kernel is in the operation that launched it
+            taken = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            found[_part(event.key)] += taken / 1e6
+    return found
+
+
+def _part(operation: str) -> str:
+    if "attention" in operation:
+        return "attention"
+    return "products" if operation.rpartition("::")[2] in PRODUCTS else "rest"
 
 
 class Writer:
@@ -117,33 +168,35 @@ def _captured(work: Callable[[], None], device: torch.device) -> Callable[[], No
 class Speed:
     """Tokens per second over all sequences of a batch, by the median prefill and the median decoding step.
 
-    `replayed` is decoding by `generate_replayed` on a GPU; None on a CPU.
+    `replayed` and `read_replayed` are decoding and prefill from a captured graph on a GPU; None on a CPU.
     """
 
     prefill: float
     decode: float
     replayed: float | None = None
+    read_replayed: float | None = None
 
 
 def race(models: Mapping[str, PreTrainedModel], ids_BL: Tensor, new: int, rounds: int) -> dict[str, Speed]:
     """The speed of each model on one prompt, in turns, so that a machine that slows down slows all of them.
 
     `new` is 4 or more; one further round before the others does not count. Replaying a graph, on a GPU, is measured
-    once for each model after that.
+    once for each model after that, and reading from one `rounds` times.
     """
     taken: dict[str, list[Timing]] = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
             taken[name].append(generate(model, ids_BL, new)[1])
-    replayed: dict[str, float] = {}
+    replayed: dict[str, tuple[float, float]] = {}
     if ids_BL.is_cuda:
         for name, model in models.items():
-            replayed[name] = len(ids_BL) / median(generate_replayed(model, ids_BL, new)[1].steps)
+            step, reading = generate_replayed(model, ids_BL, new)[1].steps, read_replayed(model, ids_BL, rounds)[1]
+            replayed[name] = len(ids_BL) / median(step), ids_BL.numel() / median(reading)
     speeds = {}
     for name, timings in taken.items():
         prefill = median(timing.prefill for timing in timings[1:])
         step = median(second for timing in timings[1:] for second in timing.steps)
-        speeds[name] = Speed(ids_BL.numel() / prefill, len(ids_BL) / step, replayed.get(name))
+        speeds[name] = Speed(ids_BL.numel() / prefill, len(ids_BL) / step, *replayed.get(name, ()))
     return speeds
 
 
@@ -195,7 +248,12 @@ def compiled(model: PreTrainedModel, ids_BL: Tensor, new: int, rounds: int) -> C
 
 def prefill_flops(model: PreTrainedModel, length: int) -> int:
     """Of one prompt: 2 per stored number and token, causal attention, and the logits of the last position."""
-    return length * _layer_flops(model) + _attention_flops(model, length) * length // 2 + _head_flops(model)
+    return product_flops(model, length) + _attention_flops(model, length) * length // 2
+
+
+def product_flops(model: PreTrainedModel, length: int) -> int:
+    """Of one prompt, without attention: what the factors of a weight save is a share of these."""
+    return length * _layer_flops(model) + _head_flops(model)
 
 
 def decode_flops(model: PreTrainedModel, context: int) -> int:
