@@ -124,7 +124,7 @@ def compare(models: dict[str, PreTrainedModel], batch: int, length: int, argumen
 
 
 def attainable(dense: dict[str, float], ratio: float) -> float:
-    """How much faster a prefill can be of which products with weights alone get cheaper, by the ratio of their FLOPs."""
+    """How much faster a prefill can be of which products alone get cheaper, by the ratio of their FLOPs."""
     return sum(dense.values()) / (sum(dense.values()) - dense["products"] * (1 - 1 / ratio))
 
 

@@ -124,9 +124,7 @@ def real_start(config: Config, device: torch.device) -> tuple[PreTrainedModel, R
     return model, training_rows(config.task, tokenizer, cache, config.seed)
 
 
-def random_start(
-    config: Config, device: torch.device, arguments: argparse.Namespace
-) -> tuple[PreTrainedModel, Rows]:
+def random_start(config: Config, device: torch.device, arguments: argparse.Namespace) -> tuple[PreTrainedModel, Rows]:
     model = stand_in_model(config, device, arguments.multiple)
     rows, vocabulary = arguments.steps * arguments.batch, model.get_input_embeddings().weight.shape[0]
     ids_BL = torch.randint(0, vocabulary, (rows, arguments.length), dtype=torch.int32)

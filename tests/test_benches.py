@@ -63,9 +63,15 @@ def test_random_weights_are_measured_without_a_model_or_a_decomposition(tmp_path
     rows = figures("equal_memory", tmp_path, *random, "--gib=0.005", "--modes=full", "--length=32")["rows"]
     assert [row["recompute"] for row in rows] == [False, True] and all(row["tokens_per_second"] > 0 for row in rows)
     sizes = ("--err=0.5", "--batch=1", "--prompt=8", "--decode=4", "--rounds=1")
-    found = figures("bench_inference", tmp_path, "--model=tiny", *random[:1], *sizes, "--multiple", "1", "8")
+    found = figures("bench_inference", tmp_path, "--model=tiny", *random[:1], *sizes, "--parts", "--multiple", "1", "8")
     names = ["dense", "dense fused", "compressed", "compressed fused", "compressed fused x8"]
-    assert list(found["speed"][0]["tokens_per_second"]) == names and len(found["memory"]) == 2
+    (row,) = found["speed"]
+    assert list(row["tokens_per_second"]) == list(row["prefill parts"]) == names and len(found["memory"]) == 2
+    assert 1 < row["prefill limit"] < row["prefill FLOPs ratio"]
+    sizes = ("--steps=4", "--batch=2", "--length=32", "--rounds=1", "--model=tiny")
+    found = figures("bench_lora", tmp_path, *random, *sizes, overrides=("trainer=cpu", "err=0.5"))
+    ours, theirs = found["losses"].values()
+    assert found["shape"]["random"] and ours == pytest.approx(theirs, abs=2e-4) and len(ours) == 4
 
 
 @pytest.mark.slow

@@ -58,8 +58,10 @@ def test_a_replayed_graph_writes_the_tokens_of_the_model():
 
 def test_a_prefill_is_taken_apart_by_its_kernels():
     model, _ = middle()
-    parts = prefill_parts(model.requires_grad_(False), torch.randint(0, 32000, (8, 512), device=GPU))
+    ids_BL = torch.randint(0, 32000, (8, 2048), device=GPU)
+    parts = prefill_parts(model.requires_grad_(False), ids_BL)
     assert parts["products"] > parts["attention"] > 0 and parts["rest"] > 0
+    assert sum(parts.values()) == pytest.approx(min(read_replayed(model, ids_BL, 3)[1]), rel=0.3)
 
 
 def test_a_compiled_step_can_be_captured_and_writes_the_tokens_of_the_model():

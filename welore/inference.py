@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from statistics import median
 from typing import Any
 
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, StaticCache
 from welore.lowrank import LowRankLinear
 from welore.measure import seconds, synchronize
 from welore.models import components, count_bytes
-
 
 # Of matrices, by the names that torch gives them where no gradient is wanted.
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "mkldnn_linear", "_mkl_linear"}
@@ -91,6 +90,7 @@ def prefill_parts(model: PreTrainedModel, ids_BL: Tensor) -> dict[str, float]:
     with torch.inference_mode():
         work = partial(model, input_ids=ids_BL, use_cache=True, logits_to_keep=1)
         work()
+        synchronize(ids_BL.device)  # or the kernels of the warm-up would be in the profile
         with torch.profiler.profile(activities={torch.profiler.ProfilerActivity.CPU, activity}) as profile:
             work()
             synchronize(ids_BL.device)
@@ -142,13 +142,19 @@ class Writer:
         self.token_B1.copy_(output.logits[:, -1].argmax(dim=-1, keepdim=True))
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: torch keeps a workspace of some 32 MiB for every stream that has multiplied matrices."""
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def _aside(device: torch.device) -> Iterator[None]:
     """On a stream of its own, as what a GPU is to capture must have run before."""
     if device.type != "cuda":
         yield
         return
-    aside = torch.cuda.Stream(device)
+    aside = _side_stream(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
         yield
