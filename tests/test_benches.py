@@ -63,7 +63,9 @@ def test_random_weights_are_measured_without_a_model_or_a_decomposition(tmp_path
     rows = figures("equal_memory", tmp_path, *random, "--gib=0.005", "--modes=full", "--length=32")["rows"]
     assert [row["recompute"] for row in rows] == [False, True] and all(row["tokens_per_second"] > 0 for row in rows)
     sizes = ("--err=0.5", "--batch=1", "--prompt=8", "--decode=4", "--rounds=1")
-    found = figures("bench_inference", tmp_path, "--model=tiny", *random[:1], *sizes, "--parts", "--multiple", "1", "8")
+    found = figures(
+        "bench_inference", tmp_path, "--model=tiny", *random[:1], *sizes, "--parts", "--multiple", "1", "8"
+    )
     names = ["dense", "dense fused", "compressed", "compressed fused", "compressed fused x8"]
     (row,) = found["speed"]
     assert list(row["tokens_per_second"]) == list(row["prefill parts"]) == names and len(found["memory"]) == 2
