@@ -4,6 +4,8 @@ Without a name: every artefact with its cells and cost. With overrides the missi
 stands for one page of them all. source=wandb:ENTITY/PROJECT reads runs from W&B in the place of a folder.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -123,17 +125,26 @@ def commands(rows: Sequence[Row], request: Request) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     try:
-        request = parse(arguments)
-        with remembered(request.outputs) as known:
-            if request.name is None:
-                print(listing(read(request, known)))
-                return 0
-            if request.name == REPORT:
-                print("written:", report.write(read(request, known), request.outputs))
-                return 0
-            return show(request, known)
+        status = answer(parse(arguments))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read this, such as `| head`, has read enough; Python must not write the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         return explain(error)
+
+
+def answer(request: Request) -> int:
+    with remembered(request.outputs) as known:
+        if request.name is None:
+            print(listing(read(request, known)))
+            return 0
+        if request.name == REPORT:
+            print("written:", report.write(read(request, known), request.outputs))
+            return 0
+        return show(request, known)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,15 @@ from welore.plots import training_figure
 from welore.report import number
 
 COLUMNS = ["err", "keep", "parameters", "dense", "untuned", "tuned", "seeds", "learning rate", "best at the edge"]
-COLUMNS += ["trained", "tokens", "tokens/s", "peak GiB", "optimizer MB", "device", "flag"]
+COLUMNS += ["trained", "tokens", "MFLOPs/token", "tokens/s", "peak GiB", "optimizer MB", "device", "flag"]
 NOTES = [
     f"learning rate: the one with the least validation perplexity at the end, on seed 0; the other seeds run at it. "
     f"Tried: {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default, and while the best was the "
     f"lowest or highest one beyond it, up to {WIDEST} in all. Tokens and precision are equal",
     "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0; claims on "
     "them compare the modes seed by seed on one device, and say nothing where they share none or the seeds disagree",
+    "MFLOPs/token: of the compressed model, in the products with its weights for one token that it reads. What a mode "
+    "needs to train on one is counted by scripts/step_flops.py",
     "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
 ]
 
@@ -31,10 +33,10 @@ def values(study: Study) -> list[str]:
     """By COLUMNS."""
     row = study.first
     if row is None:
-        return [*["—"] * 5, "missing" if study.missing else "diverged", *["—"] * 9, study.flag]
+        return [*["—"] * 5, "missing" if study.missing else "diverged", *["—"] * 10, study.flag]
     line = [*budget(row), number(row.number(metrics.DENSE_PERPLEXITY), 2), _written(study.untuned)]
     if study.missing:
-        return [*line, "missing", *["—"] * 9, ""]
+        return [*line, "missing", *["—"] * 10, ""]
     error = "" if study.error is None else f" ± {study.error:,.2f}"
     chosen = "—" if study.chosen is None else f"{study.chosen:g}"
     grid = ", ".join(f"{rate:g}" for rate in sorted(study.grid))
@@ -57,9 +59,11 @@ def _cost(row: Row) -> list[str]:
     trained, state = row.found(metrics.TRAINABLE_PARAMETERS), row.found(metrics.FIT_STATE_GIB)
     # The state of a record holds the gradients too, which are float32.
     optimizer = None if state is None else (state * GIB - 4 * trained) / 1e6
+    flops = row.found(metrics.FLOPS_PER_TOKEN)
     return [
         "—" if trained is None else f"{trained / 1e6:,.2f}M",
         number(row.found(metrics.FIT_TOKENS), 0),
+        "—" if flops is None else f"{flops / 1e6:,.0f}",
         number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
         number(taken(row, metrics.TRAIN_PEAK_GIB), 2),
         number(optimizer, 1),

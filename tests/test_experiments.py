@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 import random
 import shlex
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
@@ -610,6 +614,15 @@ def test_a_whole_artefact_exits_with_0_and_is_written_beside_the_runs(tmp_path, 
         f"figure7-laptop.{s}" for s in ("md", "tex", "png")
     }
     assert "# Figure 7" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_read_enough_is_no_defect(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "experiments", f"outputs={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_run_without_the_files_that_a_figure_draws_is_run_again(tmp_path):

@@ -49,6 +49,7 @@ def made(folder, cell, perplexity, validation=None, **found):
         "compress/err": 0.3,
         "compress/keep": 0.86,
         "compress/parameters": 120_000_000,
+        "compress/flops_per_token": 239_000_000,
         "fit/trainable_parameters": 10_000_000,
         "fit/state_gib": 120_000_000 / 2**30,
         "fit/tokens": 30_000,
@@ -147,6 +148,7 @@ def test_a_mean_over_seeds_with_its_standard_error(tmp_path):
     assert values["tuned"] == "104.00 ± 2.31" and values["seeds"] == "3"
     assert values["learning rate"] == "0.0005 of 0.000125, 0.0005, 0.002"
     assert (values["optimizer MB"], values["peak GiB"], values["device"]) == ("80.0", "2.00", "a CPU")
+    assert (values["MFLOPs/token"], values["tokens/s"]) == ("239", "400")
     assert (values["untuned"], values["dense"], values["flag"]) == ("500.00", "30.00", "—")
 
 
