@@ -20,6 +20,7 @@ NOTES = [
     "every test question counts: an answer that cannot be read is wrong. 95 %: Wilson's interval of the mean share, "
     "for the number of questions, which all seeds answer; ±: standard error over seeds",
     "learning rate: the one with the least validation perplexity at the end, on seed 0; the other seeds run at it",
+    tuning.SO_FAR,
     "did not train: diverged, no better than the most frequent answer (binomial, p > 0.05), or than untuned; "
     "where the better of two modes did not train, nothing can be said of them",
 ]
@@ -64,8 +65,9 @@ def _failing(row: Row) -> str | None:
 
 def values(study: Study | None) -> list[str]:
     """By COLUMNS; None is a study of which no cell is known yet."""
-    if study is None or study.missing:
+    if study is None or study.so_far.missing:
         return ["missing", *["—"] * (len(COLUMNS) - 1)]
+    seeds, study = study.seeds, study.so_far
     done = [row for row in study.runs if row.record]
     if not done:
         return ["diverged", *["—"] * (len(COLUMNS) - 2), flag(study)]
@@ -84,7 +86,7 @@ def values(study: Study | None) -> list[str]:
         percent(_mean(done, metrics.TRAIN_ACCURACY)),
         percent(first.found(metrics.COMPRESSED_ACCURACY)),
         percent(first.found(metrics.DENSE_ACCURACY)),
-        str(len(study.runs)),
+        seeds,
         f"{chosen} of {', '.join(f'{rate:g}' for rate in sorted(study.grid))}",
         study.edge,
         f"{first.number(metrics.TRAINABLE_PARAMETERS) / 1e6:,.2f}M",

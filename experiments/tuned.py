@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from experiments.cells import Row
 from experiments.compare import below, budget, joined, measured, ratio
 from experiments.page import Claim, Outcomes, Page, cited
-from experiments.tuning import FACTORS, WIDEST, Study, curve, surely_below, validation_curve
+from experiments.tuning import FACTORS, SO_FAR, WIDEST, Study, curve, surely_below, validation_curve
 from welore import metrics
 from welore.measure import GIB
 from welore.plots import training_figure
@@ -20,6 +20,7 @@ NOTES = [
     f"lowest or highest one beyond it, up to {WIDEST} in all. Tokens and precision are equal",
     "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0; claims on "
     "them compare the modes seed by seed on one device, and say nothing where they share none or the seeds disagree",
+    SO_FAR,
     "MFLOPs/token: of the compressed model, in the products with its weights for one token that it reads. What a mode "
     "needs to train on one is counted by scripts/step_flops.py",
     "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
@@ -31,6 +32,7 @@ Found = dict[tuple[str, str], Study]
 
 def values(study: Study) -> list[str]:
     """By COLUMNS."""
+    seeds, study = study.seeds, study.so_far
     row = study.first
     if row is None:
         return [*["—"] * 5, "missing" if study.missing else "diverged", *["—"] * 10, study.flag]
@@ -43,7 +45,7 @@ def values(study: Study) -> list[str]:
     return [
         *line,
         cited(f"{_written(study.perplexity)}{error}", study.runs),
-        str(len(study.runs)),
+        seeds,
         f"{chosen} of {grid}",
         study.edge,
         *_cost(row),

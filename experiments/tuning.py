@@ -27,6 +27,7 @@ FACTORS = (0.25, 1.0, 4.0)  # of the learning rate that a mode has by default
 WIDEST = 5  # rates of a grid that was widened
 SEEDS = {"laptop": [0, 1, 2], "paper": [0]}
 T_QUANTILES = (6.3138, 2.9200, 2.3534, 2.1318, 2.0150, 1.9432, 1.8946, 1.8595, 1.8331)  # one-sided 5 %, from 1 on
+SO_FAR = "seeds: `1 of 3` where the others are still to come; no claim is decided by those"
 SURELY = "by a paired t test over seeds, p < 0.05"
 
 Key = str
@@ -145,6 +146,17 @@ class Study:
         if self.missing:
             return []
         return [row for row in self.rows if self.chosen in (None, row.cell["mode.lr"])]
+
+    @property
+    def so_far(self) -> "Study":
+        """The same without the seeds that are missing, once the grid is done: to be shown, and for no claim."""
+        return self if self.chosen is None else Study(self.cell, tuple(row for row in self.rows if not row.missing))
+
+    @property
+    def seeds(self) -> str:
+        """How many are done, and of how many where some are missing."""
+        done, missing = len(self.so_far.runs), sum(row.missing for row in self.rows)
+        return f"{done} of {done + missing}" if missing else str(done)
 
     @property
     def first(self) -> Row | None:

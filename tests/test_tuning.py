@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -152,6 +152,17 @@ def test_a_mean_over_seeds_with_its_standard_error(tmp_path):
     assert (values["untuned"], values["dense"], values["flag"]) == ("500.00", "30.00", "—")
 
 
+def test_seeds_that_are_there_are_shown_and_decide_nothing(tmp_path):
+    whole = study(tmp_path, [200.0, 100.0, 300.0], seeds=[104.0, 108.0])
+    found = replace(whole, rows=(*whole.rows[:-1], replace(whole.rows[-1], record=None, why="never run")))
+    values = dict(zip(tuned.COLUMNS, tuned.values(found), strict=True))
+    assert (values["tuned"], values["seeds"]) == ("102.00 ± 2.00", "2 of 3")
+    assert found.perplexity is None and found.flag == "" and tuning.surely_below(found, whole) is None
+    grid = replace(whole, rows=(replace(whole.rows[0], record=None, why="never run"), *whole.rows[1:]))
+    values = dict(zip(tuned.COLUMNS, tuned.values(grid), strict=True))
+    assert (values["tuned"], values["seeds"]) == ("missing", "—")
+
+
 def test_a_run_that_recomputed_its_layers_says_so_beside_its_device(tmp_path):
     found = study(tmp_path, [200.0, 100.0, 300.0])
     found.first.record.environment["recompute"] = True
@@ -163,7 +174,7 @@ def test_a_run_that_recomputed_its_layers_says_so_beside_its_device(tmp_path):
 def test_a_seed_that_is_missing_leaves_a_study_open(tmp_path):
     found = study(tmp_path, [200.0, 100.0, 300.0])
     (opened,) = studies([*found.rows, Row(START | {"mode.lr": 0.0005, "seed": 1}, why="never run")])
-    assert opened.missing and opened.perplexity is None and "missing" in tuned.values(opened)
+    assert opened.missing and opened.perplexity is None and "1 of 2" in tuned.values(opened)
 
 
 @pytest.mark.parametrize(
