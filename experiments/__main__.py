@@ -93,8 +93,8 @@ def write(page: Page, caption: str, name: str, folder: Path) -> list[Path]:
     return paths
 
 
-def show(request: Request, known: Callable[[Cell], str]) -> int:
-    """Print an artefact; write it if it is whole. The exit status: 1 where cells are missing."""
+def show(request: Request, known: Callable[[Cell], str]) -> tuple[str, int]:
+    """What there is to say of an artefact, which is written if it is whole, and 1 where cells are missing."""
     artefact = load(request.name)
     check_infrastructure(request.overrides)
     rows = gather(artefact, request.scale, read(request, known))
@@ -105,18 +105,19 @@ def show(request: Request, known: Callable[[Cell], str]) -> int:
         rows = gather(artefact, request.scale, read(request, known))
     page, name = artefact.render(rows), f"{request.name}-{request.scale}"
     caption = about(artefact)[0]
-    print(page.markdown(caption, name))
+    said = [page.markdown(caption, name)]
     wanted, offered = missing(rows)
     if wanted:
         total = len(rows) - len(offered)
-        print(f"\n{len(wanted)} of {total} cells are missing, so nothing is written. They are made by:")
-        print(commands(wanted, request))
+        said.append(f"\n{len(wanted)} of {total} cells are missing, so nothing is written. They are made by:")
+        said.append(commands(wanted, request))
     else:
-        print("\nwritten:", *write(page, caption, name, Path(request.outputs) / "artefacts"))
+        files = write(page, caption, name, Path(request.outputs) / "artefacts")
+        said.append("\nwritten: " + " ".join(map(str, files)))
     if offered:
-        print(f"\n{len(offered)} more rows, which two cores take long for, are made by:")
-        print(commands(offered, request))
-    return 1 if wanted else 0
+        said.append(f"\n{len(offered)} more rows, which two cores take long for, are made by:")
+        said.append(commands(offered, request))
+    return "\n".join(said), 1 if wanted else 0
 
 
 def commands(rows: Sequence[Row], request: Request) -> str:
@@ -125,25 +126,24 @@ def commands(rows: Sequence[Row], request: Request) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     try:
-        status = answer(parse(arguments))
-        sys.stdout.flush()
-        return status
+        said, status = answer(parse(arguments))
+    except Exception as error:
+        return explain(error)
+    try:
+        print(said, flush=True)
     except BrokenPipeError:
         # Whoever read this, such as `| head`, has read enough; Python must not write the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except Exception as error:
-        return explain(error)
+    return status
 
 
-def answer(request: Request) -> int:
+def answer(request: Request) -> tuple[str, int]:
     with remembered(request.outputs) as known:
         if request.name is None:
-            print(listing(read(request, known)))
-            return 0
+            return listing(read(request, known)), 0
         if request.name == REPORT:
-            print("written:", report.write(read(request, known), request.outputs))
-            return 0
+            return f"written: {report.write(read(request, known), request.outputs)}", 0
         return show(request, known)
 
 

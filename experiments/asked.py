@@ -67,7 +67,7 @@ def values(study: Study | None) -> list[str]:
     """By COLUMNS; None is a study of which no cell is known yet."""
     if study is None or study.so_far.missing:
         return ["missing", *["—"] * (len(COLUMNS) - 1)]
-    seeds, study = study.seeds, study.so_far
+    seeds, partial, study = study.seeds, study.missing, study.so_far
     done = [row for row in study.runs if row.record]
     if not done:
         return ["diverged", *["—"] * (len(COLUMNS) - 2), flag(study)]
@@ -90,7 +90,7 @@ def values(study: Study | None) -> list[str]:
         f"{chosen} of {', '.join(f'{rate:g}' for rate in sorted(study.grid))}",
         study.edge,
         f"{first.number(metrics.TRAINABLE_PARAMETERS) / 1e6:,.2f}M",
-        flag(study) or "—",
+        "—" if partial else flag(study) or "—",
     ]
 
 

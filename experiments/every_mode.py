@@ -47,7 +47,7 @@ def render(rows: Sequence[Row]) -> Page:
 
 def _after(study: Study) -> str:
     """Of the model that a mode leaves: adapters on products let their rank grow."""
-    count = tuned.value(study, metrics.TUNED_PARAMETERS)
+    count = tuned.value(study.so_far, metrics.TUNED_PARAMETERS)
     return "—" if count is None else f"{count / 1e6:,.1f}M"
 
 

@@ -48,7 +48,7 @@ def render(rows: Sequence[Row]) -> Page:
 
 def _cost(study: Study) -> list[str]:
     costs = [(metrics.FIT_TOKENS_PER_SECOND, 0), (metrics.TRAIN_PEAK_GIB, 2)]
-    return [number(tuned.value(study, metric), digits) for metric, digits in costs]
+    return [number(tuned.value(study.so_far, metric), digits) for metric, digits in costs]
 
 
 def claims(found: dict[str, Study]) -> list[Claim]:

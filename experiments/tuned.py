@@ -32,7 +32,7 @@ Found = dict[tuple[str, str], Study]
 
 def values(study: Study) -> list[str]:
     """By COLUMNS."""
-    seeds, study = study.seeds, study.so_far
+    seeds, partial, study = study.seeds, study.missing, study.so_far
     row = study.first
     if row is None:
         return [*["—"] * 5, "missing" if study.missing else "diverged", *["—"] * 10, study.flag]
@@ -49,7 +49,7 @@ def values(study: Study) -> list[str]:
         f"{chosen} of {grid}",
         study.edge,
         *_cost(row),
-        study.flag or "—",
+        "—" if partial else study.flag or "—",
     ]
 
 

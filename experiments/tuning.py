@@ -27,7 +27,9 @@ FACTORS = (0.25, 1.0, 4.0)  # of the learning rate that a mode has by default
 WIDEST = 5  # rates of a grid that was widened
 SEEDS = {"laptop": [0, 1, 2], "paper": [0]}
 T_QUANTILES = (6.3138, 2.9200, 2.3534, 2.1318, 2.0150, 1.9432, 1.8946, 1.8595, 1.8331)  # one-sided 5 %, from 1 on
-SO_FAR = "seeds: `1 of 3` where the others are still to come; no claim is decided by those"
+SO_FAR = (
+    "seeds: `1 of 3` where the others are still to come; no claim and no flag is decided by a study that lacks seeds"
+)
 SURELY = "by a paired t test over seeds, p < 0.05"
 
 Key = str

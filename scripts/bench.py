@@ -9,6 +9,7 @@ printed and written as JSON with the device and the versions.
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -158,6 +159,8 @@ def measure(arguments: argparse.Namespace, config: Config, device: torch.device)
 
 def only(arguments: argparse.Namespace, config: Config, device: torch.device) -> dict:
     modes = {name: to_config(compose([f"mode={name}"])).mode for name in ("welore", "full")}
+    if not re.fullmatch(r"spectra|together|welore|full|loss-\d+", arguments.only):
+        sys.exit(f"--only {arguments.only} is unknown. Write spectra, together, welore, full or loss-VOCABULARY.")
     if arguments.only == "spectra":
         return spectra_against_svd(device)
     if arguments.only.startswith("loss-"):

@@ -117,14 +117,14 @@ def compare(models: dict[str, PreTrainedModel], batch: int, length: int, argumen
     if arguments.parts:
         parts = {name: prefill_parts(model, prompt(dense, batch, length)) for name, model in models.items()}
         ratio = product_flops(dense, length) / product_flops(small, length)
-        row |= {"prefill parts": parts, "prefill limit": attainable(parts[DENSE], ratio)}
+        row |= {"prefill parts": parts, "prefill ratio if the rest stays": if_the_rest_stays(parts[DENSE], ratio)}
     if arguments.compile:
         row |= behind_compile(models, batch, length, arguments, found[DENSE])
     return row
 
 
-def attainable(dense: dict[str, float], ratio: float) -> float:
-    """How much faster a prefill can be of which products alone get cheaper, by the ratio of their FLOPs."""
+def if_the_rest_stays(dense: dict[str, float], ratio: float) -> float:
+    """How much faster a prefill gets whose products alone get cheaper, by the ratio of their FLOPs."""
     return sum(dense.values()) / (sum(dense.values()) - dense["products"] * (1 - 1 / ratio))
 
 
@@ -167,8 +167,8 @@ def line(row: dict) -> str:
     for name, parts in row.get("prefill parts", {}).items():
         known = "   ".join(f"{part} {1000 * taken:7.1f} ms" for part, taken in parts.items())
         lines.append(f"  {name:22} prefill on the device: {known}")
-    if "prefill limit" in row:
-        lines.append(f"  {'':22} allowed where products alone are faster: {row['prefill limit']:.3f}")
+    if "prefill ratio if the rest stays" in row:
+        lines.append(f"  {'':22} ratio if products alone got cheaper: {row['prefill ratio if the rest stays']:.3f}")
     for name, speed in row.get("compiled", {}).items():
         lines.append(
             f"  {name + ', compiled':30} prefill {speed['prefill']:8.1f} tokens/s, ratio"

@@ -125,6 +125,7 @@ def real_start(config: Config, device: torch.device) -> tuple[PreTrainedModel, R
 
 
 def random_start(config: Config, device: torch.device, arguments: argparse.Namespace) -> tuple[PreTrainedModel, Rows]:
+    torch.manual_seed(config.seed)
     model = stand_in_model(config, device, arguments.multiple)
     rows, vocabulary = arguments.steps * arguments.batch, model.get_input_embeddings().weight.shape[0]
     ids_BL = torch.randint(0, vocabulary, (rows, arguments.length), dtype=torch.int32)
@@ -145,6 +146,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP_STEPS:
         sys.exit(f"--steps {arguments.steps} leaves nothing after the {WARM_UP_STEPS} that warm up")
+    if arguments.multiple > 1 and not arguments.random:
+        sys.exit("--multiple is of a stand-in: write --random too, or ranks.multiple= for ranks of spectra")
     sizes = [f"task.training.{key}={getattr(arguments, key)}" for key in ("steps", "batch", "length")]
     fixed = ["mode=lora", "task.training.tokens=null", "task.training.accumulate=1", "trainer.progress=false"]
     config = to_config(compose([f"model={arguments.model}", *sizes, *fixed, *arguments.overrides]))
@@ -164,7 +167,7 @@ def main() -> None:
         print(f"step {step + 1}: loss " + "   ".join(f"{n} {v:.4f}" for n, v in zip(losses, pair, strict=True)))
     one, other = rates.values()
     print("   ".join(f"{n} {rate:.1f} tokens/s" for n, rate in rates.items()) + f"   ratio {one / other:.3f}")
-    shape = {key: getattr(arguments, key) for key in ("batch", "length", "steps", "rounds", "random")}
+    shape = {key: getattr(arguments, key) for key in ("batch", "length", "steps", "rounds", "random", "multiple")}
     shape |= {"model": config.model.name, "asked": config.asked}
     write(arguments.out, {"tokens_per_second": rates, "losses": losses, "shape": shape}, device)
     print(f"written to {arguments.out}")

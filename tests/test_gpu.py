@@ -35,6 +35,16 @@ def middle(*overrides):
     return stand_in_model(config, GPU, 8), config
 
 
+def talkative():
+    """A model that nobody has trained repeats one token, wherever it looks for it, unless its weights are larger."""
+    model, _ = middle()
+    model.requires_grad_(False)
+    for module in components(model).values():
+        for weight in module.parameters():
+            weight.mul_(8)
+    return model
+
+
 @pytest.mark.parametrize("shape", [(300, 700), (700, 300)])
 def test_spectra_of_a_gpu_are_those_of_float64_on_a_cpu(shape):
     W = torch.randn(shape) * torch.logspace(0, -3, shape[1])
@@ -43,11 +53,7 @@ def test_spectra_of_a_gpu_are_those_of_float64_on_a_cpu(shape):
 
 
 def test_a_replayed_graph_writes_the_tokens_of_the_model():
-    model, _ = middle()
-    model.requires_grad_(False)
-    for module in components(model).values():
-        for weight in module.parameters():
-            weight.mul_(8)  # or a model that nobody has trained repeats one token, wherever it looks for it
+    model = talkative()
     ids_BL = torch.randint(0, 32000, (2, 64), device=GPU)
     tokens, _ = generate(model.float(), ids_BL, 12)
     replayed, timing = generate_replayed(model, ids_BL, 12)
@@ -65,8 +71,7 @@ def test_a_prefill_is_taken_apart_by_its_kernels():
 
 
 def test_a_compiled_step_can_be_captured_and_writes_the_tokens_of_the_model():
-    model, _ = middle()
-    model.requires_grad_(False)
+    model = talkative()
     for fused in (False, True):
         if fused:
             fuse(model)

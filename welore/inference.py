@@ -80,8 +80,9 @@ def read_replayed(model: PreTrainedModel, ids_BL: Tensor, rounds: int) -> tuple[
 
 
 def prefill_parts(model: PreTrainedModel, ids_BL: Tensor) -> dict[str, float]:
-    """Where the seconds of one prefill go on the device: products with weights, attention, and the rest.
+    """Where the seconds of one prefill go on the device: products, attention, and the rest.
 
+    With fused attention, which is the default, all products are with weights.
     They are those of the kernels, or on a CPU of the operations, by the operation that ran them: what a GPU waits for
     Python is in none. The rest is norms, rotations, activations, residual sums, and the copies between them.
     """
@@ -258,7 +259,7 @@ def prefill_flops(model: PreTrainedModel, length: int) -> int:
 
 
 def product_flops(model: PreTrainedModel, length: int) -> int:
-    """Of one prompt, without attention: what the factors of a weight save is a share of these."""
+    """Of one prompt, in products with weights and no others: factors save a share of these."""
     return length * _layer_flops(model) + _head_flops(model)
 
 
