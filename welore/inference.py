@@ -82,23 +82,21 @@ def read_replayed(model: PreTrainedModel, ids_BL: Tensor, rounds: int) -> tuple[
 def prefill_parts(model: PreTrainedModel, ids_BL: Tensor) -> dict[str, float]:
     """Where the seconds of one prefill go on the device: products, attention, and the rest.
 
-    With fused attention, which is the default, all products are with weights.
-    They are those of the kernels, or on a CPU of the operations, by the operation that ran them: what a GPU waits for
-    Python is in none. The rest is norms, rotations, activations, residual sums, and the copies between them.
+    Seconds are those of the kernels, or on a CPU of the operations, by the operation that ran them: what a GPU waits
+    for Python is in none. With fused attention, the default, all products are with weights. The rest is norms,
+    rotations, activations, residual sums, and the copies between them.
     """
-    on_gpu = ids_BL.is_cuda
-    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.inference_mode():
         work = partial(model, input_ids=ids_BL, use_cache=True, logits_to_keep=1)
         work()
         synchronize(ids_BL.device)  # or the kernels of the warm-up would be in the profile
-        with torch.profiler.profile(activities={torch.profiler.ProfilerActivity.CPU, activity}) as profile:
+        with torch.profiler.profile() as profile:
             work()
             synchronize(ids_BL.device)
     found = dict.fromkeys(("products", "attention", "rest"), 0.0)
     for event in profile.key_averages():
         if event.device_type == torch.autograd.DeviceType.CPU:  # a kernel is in the operation that launched it
-            taken = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            taken = event.self_device_time_total if ids_BL.is_cuda else event.self_cpu_time_total
             found[_part(event.key)] += taken / 1e6
     return found
 
