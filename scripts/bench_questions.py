@@ -1,13 +1,14 @@
 """Measure questions per second: in batches of similar lengths against one by one, written and by likelihood.
 
 usage: python scripts/bench_questions.py [--task boolq] [--questions 96] [--batch 32] [--rounds 2] [--whole]
-           [--out FILE.json] [overrides of run.py, such as task.path=FOLDER err=0.3]
-       python scripts/bench_questions.py --questions all --rounds 1 --whole task.path=FOLDER ...      all of BoolQ
+           [--skip WAY] [--out FILE.json] [overrides of run.py, such as task.path=FOLDER err=0.3]
+       python scripts/bench_questions.py --questions all --rounds 1 --skip "written, in batches" ...      all of BoolQ
 
 Written one by one is what the published scripts do: every question alone, eight tokens by `generate`, the answer read
-from them. All four ways take turns on the same questions: whole batches of neighbours in length, spread over all
-lengths, or the whole test split. A pass holds fewer than `--batch` of them where their tokens would be too many for
-the device; with --whole they are asked once more in passes that hold `--batch` of them whatever their length.
+from them. All four ways, but for those of --skip, take turns on the same questions: whole batches of neighbours in
+length, spread over all lengths, or the whole test split. The file is written after each way. A pass holds fewer than
+`--batch` of them where their tokens would be too many for the device; with --whole they are asked once more in passes
+that hold `--batch` of them whatever their length.
 
 The verdicts in batches are compared with those one by one. Two answers in which nothing can be read have the same
 verdict and say nothing, so that those that can be read are counted by themselves.
@@ -35,6 +36,7 @@ from welore.explain import explain
 ONE, MANY, WHOLE = "one by one", "in batches", "in whole batches"
 VERDICTS = {"written": "verdict", "likelihood": "option"}  # where an answer has its verdict, by scoring
 READABLE = {"right", "wrong"}
+WAYS = [f"{scoring}, {how}" for how in (ONE, MANY, WHOLE) for scoring in VERDICTS]
 RATIOS = [("likelihood", "written"), ("likelihood", "likelihood"), ("written", "written")]  # batches, one by one
 UNCAPPED = 2**40  # tokens of a pass
 WARM_UP = 4  # questions
@@ -95,11 +97,14 @@ def agreement(one: Answers, many: Answers, key: str) -> dict[str, int | float | 
 def figures(rates: dict[str, list[float]], answers: dict[str, Answers]) -> dict[str, dict]:
     """What the ways that were asked have found."""
     speed = {name: median(found) for name, found in rates.items()}
-    pairs = [(scoring, how) for scoring in VERDICTS for how in (MANY, WHOLE) if f"{scoring}, {how}" in answers]
+    ratios = [(f"{many}, {MANY}", f"{one}, {ONE}") for many, one in RATIOS]
+    pairs = [(scoring, how) for scoring in VERDICTS for how in (MANY, WHOLE)]
     return {
         "questions per second": speed,
         "ratios": {
-            f"{many} {MANY} / {one} {ONE}": speed[f"{many}, {MANY}"] / speed[f"{one}, {ONE}"] for many, one in RATIOS
+            f"{many} / {one}".replace(",", ""): speed[many] / speed[one]
+            for many, one in ratios
+            if {many, one} <= set(speed)
         },
         "verdicts": {
             name: Counter(answer[VERDICTS[name.partition(",")[0]]] for answer in found)
@@ -110,6 +115,7 @@ def figures(rates: dict[str, list[float]], answers: dict[str, Answers]) -> dict[
                 answers[f"{scoring}, {ONE}"], answers[f"{scoring}, {how}"], VERDICTS[scoring]
             )
             for scoring, how in pairs
+            if {f"{scoring}, {how}", f"{scoring}, {ONE}"} <= set(answers)
         },
     }
 
@@ -135,6 +141,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="questions of a pass")
     parser.add_argument("--rounds", type=int, default=2, help="of each way, in turns")
     parser.add_argument("--whole", action="store_true", help="ask once more in batches of any number of tokens")
+    parser.add_argument("--skip", action="append", default=[], choices=WAYS, help="a way that is not asked")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_questions.json"), help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py: model=, err=, task.path=")
     return parser.parse_intermixed_args()
@@ -164,13 +171,12 @@ def race(arguments: argparse.Namespace) -> None:
     rates: dict[str, list[float]] = {}
     answers: dict[str, Answers] = {}
     rounds = [(ONE, MANY)] * arguments.rounds + ([(WHOLE,)] if arguments.whole else [])
-    for hows in rounds:
-        for scoring, how in [(scoring, how) for how in hows for scoring in VERDICTS]:
-            rate, answers[f"{scoring}, {how}"] = ask(scoring, how, items)
-            rates.setdefault(f"{scoring}, {how}", []).append(rate)
-        found = figures(rates, answers)
-        write(arguments.out, found | shape, device)
-    show(found)
+    turns = [(scoring, how) for hows in rounds for how in hows for scoring in VERDICTS]
+    for scoring, how in [turn for turn in turns if ", ".join(turn) not in arguments.skip]:
+        rate, answers[f"{scoring}, {how}"] = ask(scoring, how, items)
+        rates.setdefault(f"{scoring}, {how}", []).append(rate)
+        write(arguments.out, figures(rates, answers) | shape, device)
+    show(figures(rates, answers))
     print(f"{len(items)} questions of {min(lengths)} to {max(lengths)} tokens, median {median(lengths):g}")
     print(f"written to {arguments.out}")
 

@@ -178,6 +178,14 @@ def test_questions_are_asked_in_every_way_and_what_cannot_be_read_agrees_with_no
         assert likely["largest difference in nats"] < 1e-3
 
 
+@pytest.mark.slow
+def test_a_way_that_is_skipped_leaves_the_rest_as_they_are(tmp_path):
+    sizes = ("--task=coinflip", "--questions=2", "--batch=2", "--rounds=1", f"--skip=written, {MANY}")
+    found = figures("bench_questions", tmp_path, *sizes, f"--skip=likelihood, {ONE}")
+    assert list(found["questions per second"]) == [f"written, {ONE}", f"likelihood, {MANY}"]
+    assert list(found["ratios"]) == [f"likelihood {MANY} / written {ONE}"] and found[f"agreement with {ONE}"] == {}
+
+
 def test_two_answers_that_nobody_can_read_are_no_readable_agreement():
     one, many = (
         [{"verdict": v} for v in vs] for vs in (("right", "unparsed", "wrong"), ("right", "unparsed", "unparsed"))
