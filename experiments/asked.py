@@ -11,20 +11,21 @@ from experiments.cells import Row
 from experiments.page import Outcomes, cited
 from experiments.tuning import Study
 from welore import metrics
-from welore.counts import above_chance, mcnemar, wilson
+from welore.counts import above_chance, differ, mcnemar, spread, wilson
 from welore.report import number
 
 COLUMNS = ["ours, %", "right / asked", "95 %", "by likelihood, %", "unparsed", "on training questions, %"]
 COLUMNS += ["untuned, %", "dense, %", "seeds", "learning rate", "best at the edge", "trained", "flag"]
 NOTES = [
-    "every test question counts: an answer that cannot be read is wrong. 95 %: Wilson's interval of the mean share, "
-    "for the number of questions, which all seeds answer; ±: standard error over seeds",
+    "every test question counts: an answer that cannot be read is wrong. 95 %: of one seed Wilson's interval, of more "
+    "a bootstrap over seeds and questions, rather too narrow for so few seeds; ±: standard error over seeds",
     "learning rate: the one with the least validation perplexity at the end, on seed 0; the other seeds run at it",
     tuning.SO_FAR,
     "did not train: diverged, no better than the most frequent answer (binomial, p > 0.05), or than untuned; "
     "where the better of two modes did not train, nothing can be said of them",
 ]
 SURE = 0.05
+SURELY = f"p < {SURE:g} over seeds and questions"
 NEEDS = (*tuning.NEEDS, "answers-tuned.jsonl")  # the questions that two modes answer alike are found in it
 
 
@@ -72,8 +73,7 @@ def values(study: Study | None) -> list[str]:
     if not done:
         return ["diverged", *["—"] * (len(COLUMNS) - 2), flag(study)]
     questions = done[0].number(metrics.EVAL_EXAMPLES)
-    # The seeds answer the same questions: they say how much training varies, not how much questions do.
-    low, high = wilson(mean(_share(row) for row in study.runs) * questions, questions)
+    low, high = interval(study)
     first, shares = done[0], [100 * _share(row) for row in study.runs]
     error = f" ± {stdev(shares) / math.sqrt(len(shares)):.1f}" if len(shares) > 1 else ""
     chosen = "—" if study.chosen is None else f"{study.chosen:g}"
@@ -92,6 +92,18 @@ def values(study: Study | None) -> list[str]:
         f"{first.number(metrics.TRAINABLE_PARAMETERS) / 1e6:,.2f}M",
         "—" if partial else flag(study) or "—",
     ]
+
+
+def interval(study: Study) -> tuple[float, float]:
+    """95 % around the mean share. The seeds answer the same questions, so that they are not more questions."""
+    answers = _answers(study)
+    return spread(answers) if len(answers) > 1 else wilson(sum(answers[0]), len(answers[0]))
+
+
+def _answers(study: Study) -> list[list[bool]]:
+    """By seed and question; a run that diverged has no right answer."""
+    found = [verdicts(row.folder) for row in study.runs if row.record]
+    return found + [[False] * len(found[0]) for row in study.runs if row.diverged]
 
 
 def _mean(rows: Sequence[Row], metric: metrics.Metric) -> float | None:
@@ -115,7 +127,7 @@ def higher(found: dict[tuple[str, str], Study], places: Sequence[str], column: s
 
 
 def surely_higher(found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str) -> Outcomes:
-    """The same, where besides seed 0 has more right answers, and more than chance can tell (McNemar, p < 0.05)."""
+    """The same, where besides p < SURE, over all seeds and questions; of one seed each by McNemar's test."""
     above = higher(found, places, column, other)
     return {
         place: outcome and _surely_more(found[place, column], found[place, other]) if outcome else outcome
@@ -124,13 +136,13 @@ def surely_higher(found: dict[tuple[str, str], Study], places: Sequence[str], co
 
 
 def _surely_more(ours: Study, theirs: Study) -> bool | None:
-    rows = [row for study in (ours, theirs) for row in study.runs if row.record and row.cell["seed"] == 0]
-    if len(rows) < 2:
+    if not all(any(row.record for row in study.runs) for study in (ours, theirs)):
         return None
-    one, two = (verdicts(row.folder) for row in rows)
-    if len(one) != len(two):
+    one, two = _answers(ours), _answers(theirs)
+    if len(one[0]) != len(two[0]):
         return None
-    return sum(one) > sum(two) and mcnemar(one, two) < SURE
+    alone = len(one) == len(two) == 1
+    return (mcnemar(one[0], two[0]) if alone else differ(one, two)) < SURE
 
 
 def verdicts(folder: Path, stage: str = "tuned") -> list[bool]:

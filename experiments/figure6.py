@@ -10,7 +10,7 @@ curves are what the figure is about.
 from collections.abc import Sequence
 
 from experiments import asked, tuned, tuning
-from experiments.asked import higher, surely_higher
+from experiments.asked import SURELY, higher, surely_higher
 from experiments.cells import Cell, Row
 from experiments.compare import measured
 from experiments.page import Claim, Page
@@ -72,5 +72,5 @@ def claims(found: dict[str, Study]) -> list[Claim]:
             within(seeded, metrics.TRAIN_PEAK_GIB, [place], "welore", "lora", 0.0, 1.2),
         ),
         Claim("WeLore answers more questions than LoRA", None, higher(seeded, [place], "welore", "lora")),
-        Claim("the same, McNemar p < 0.05 on seed 0", None, surely_higher(seeded, [place], "welore", "lora")),
+        Claim(f"the same, {SURELY}", None, surely_higher(seeded, [place], "welore", "lora")),
     ]

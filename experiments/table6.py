@@ -137,7 +137,7 @@ def claims(found: dict[Key, Study]) -> list[Claim]:
     def claim(text: str, other: str) -> list[Claim]:
         return [
             Claim(text, _printed(other), higher(ours, places, "welore", other)),
-            Claim(f"{text}, McNemar p < 0.05 on seed 0", None, surely_higher(ours, places, "welore", other)),
+            Claim(f"{text}, {asked.SURELY}", None, surely_higher(ours, places, "welore", other)),
         ]
 
     return [

@@ -1,9 +1,18 @@
-"""Statistics of counts: how sure an accuracy is, whether two differ, and which accuracies are possible at all."""
+"""Statistics of counts: how sure an accuracy is, whether two differ, and which accuracies are possible at all.
+
+Shape suffixes: S = seeds, Q = questions, D = draws.
+"""
 
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 Z = 1.959964  # 95 %
+DRAWS = 10_000  # of a bootstrap
+
+Verdicts = Sequence[Sequence[bool]]  # by seed and question: whether the answer was right
 
 
 def wilson(k: float, n: int, z: float = Z) -> tuple[float, float]:
@@ -26,6 +35,42 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
     n = won + lost
     tail = sum(math.comb(n, k) for k in range(min(won, lost) + 1))
     return min(1.0, tail * 2 / 2**n)
+
+
+def spread(verdicts: Verdicts) -> tuple[float, float]:
+    """95 % of the shares of right answers when both the seeds and the questions are drawn anew (bootstrap).
+
+    Few seeds say little of how much seeds vary: with two or three it is rather too narrow.
+    """
+    (shares_D,) = _drawn([verdicts])
+    low, high = shares_D.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, min(high, 1.0)
+
+
+def differ(ours: Verdicts, theirs: Verdicts) -> float:
+    """The two-sided p-value that two methods are as often right, over seeds and questions (paired bootstrap).
+
+    The questions are drawn for both at once, the seeds for each alone: a p-value that is too large where every answer
+    is luck by itself. No less than 2 / DRAWS.
+    """
+    ours_D, theirs_D = _drawn([ours, theirs])
+    sides = [int((ours_D <= theirs_D).sum()), int((ours_D >= theirs_D).sum())]
+    return min(1.0, 2 * (min(sides) + 1) / (DRAWS + 1))
+
+
+def _drawn(methods: Sequence[Verdicts]) -> list[Tensor]:
+    """The share of right answers of each method in every draw; the same draws whenever they are asked for."""
+    generator = torch.Generator().manual_seed(0)
+    right = [torch.tensor(verdicts, dtype=torch.float64) for verdicts in methods]
+    questions_DQ = _weights(right[0].shape[1], generator)
+    return [((_weights(len(right_SQ), generator) @ right_SQ) * questions_DQ).sum(1) for right_SQ in right]
+
+
+def _weights(count: int, generator: torch.Generator) -> Tensor:
+    """How often each of `count` is drawn of as many, as shares, for each draw."""
+    drawn = torch.randint(count, (DRAWS, count), generator=generator)
+    ones = torch.full(drawn.shape, 1 / count, dtype=torch.float64)
+    return torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, ones)
 
 
 def above_chance(k: int, n: int, chance: float) -> float:
