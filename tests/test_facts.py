@@ -16,7 +16,7 @@ FREEBASE = {
 
 @pytest.fixture
 def task(configured):
-    return lambda name, *overrides: configured(f"task={name}", "mode=none", *overrides).task
+    return lambda name, *overrides: configured(f"task={name}", "mode=none", "task.sizes=null", *overrides).task
 
 
 def written(folder, content):
@@ -109,6 +109,7 @@ def test_the_eval_file_of_freebaseqa_is_asked(task, tmp_path):
     [
         ("freebaseqa", ["FreebaseQA-train", "FreebaseQA-dev"], "eval or test"),
         ("triviaqa", ["a", "b"], "validation or dev"),
+        ("triviaqa", ["train"], "validation or dev"),
     ],
 )
 def test_of_several_files_one_must_be_named_as_the_test_questions(task, tmp_path, name, files, words):
@@ -124,6 +125,7 @@ def test_of_several_files_one_must_be_named_as_the_test_questions(task, tmp_path
     [
         ("triviaqa", [TRIVIA | {"question": None}], ["question holds no text but None"]),
         ("triviaqa", [TRIVIA | {"answer": None}], ["are not all texts"]),
+        ("triviaqa", [TRIVIA | {"aliases": "Paris"}], ["record 0", "the aliases 'Paris' of 'Who?' are no list"]),
         ("triviaqa", [TRIVIA | {"answer": "...", "aliases": []}], ["record 0", "has a letter or a digit"]),
         ("triviaqa", [{"question": "Who?"}], ["record 0", "KeyError: 'answer'"]),
         ("freebaseqa", {"Questions": [{"RawQuestion": "Who?", "Parses": []}]}, ["record 0", "no answer"]),
@@ -140,16 +142,24 @@ def test_nothing_is_trained_on_questions_that_are_all_for_testing(configured, tm
     from welore.runner import run
 
     path = written(tmp_path, [TRIVIA] * 3)
-    options = [f"task.path={path}", f"outputs={tmp_path}", "save=false", "trainer.progress=false"]
+    options = [f"task.path={path}", "task.sizes=null", f"outputs={tmp_path}", "save=false", "trainer.progress=false"]
     found = run(configured("task=triviaqa", "mode=none", "err=0.3", *options), tmp_path / "run").metrics
     assert found["eval/examples"] == 3 and found["compressed/unparsed"] + found["compressed/correct"] <= 3
     with pytest.raises(Refused, match="nothing to train on.*mode=none"):
         configured("task=triviaqa", "mode=welore", "err=0.3", *options)
 
 
+@pytest.mark.parametrize(("name", "content"), [("triviaqa", [TRIVIA]), ("freebaseqa", FREEBASE)])
+def test_a_part_of_the_questions_is_not_taken_for_all(configured, tmp_path, name, content):
+    facts = configured(f"task={name}", "mode=none", f"task.path={written(tmp_path, content)}").task
+    with pytest.raises(Refused, match="1 test questions, and the benchmark 0 and .* task.sizes=null"):
+        facts.examples("test")
+
+
 @pytest.mark.real
-def test_the_real_triviaqa_has_all_its_questions(task, data):
-    examples = task("triviaqa", f"task.path={data / 'tasks' / 'triviaqa'}").examples("test")
+def test_the_real_triviaqa_has_all_its_questions(configured, data):
+    path = data / "tasks" / "triviaqa"
+    examples = configured("task=triviaqa", "mode=none", f"task.path={path}").task.examples("test")
     assert len(examples) == 7993 and all(example.aliases for example in examples)
 
 

@@ -104,6 +104,13 @@ def test_a_folder_of_sums_that_is_divided_already_stays_so(task, tmp_path):
     assert len(task("svamp", f"task.path={tmp_path}", "task.sizes=null").examples("test")) == 3
 
 
+def test_a_folder_of_sums_without_its_other_half_is_refused(task, tmp_path):
+    (tmp_path / "test.json").write_text('[{"Body": "He has", "Question": "3?", "Answer": 3}]')
+    for path in (tmp_path, tmp_path / "test.json"):
+        with pytest.raises(Refused, match=r"named after train is needed, and there are \['test'\]"):
+            task("svamp", f"task.path={path}").examples("test")
+
+
 def shuffled_objects(count, number):
     """A record of the hub's tracking_shuffled_objects."""
     balls = [f"{place} ball." for place in range(count)]
@@ -159,6 +166,14 @@ def test_generated_coin_flips_are_answered_by_parity_and_differ_by_seed():
     assert 160 < sum(puzzle["answer"] == "yes" for puzzle in puzzles) < 240
 
 
+def test_as_many_coin_flips_are_generated_as_are_asked_for(task):
+    few = splits_of(task("coinflip", "task.sizes=[100,20]", "task.held_out=0.1"))
+    assert [len(examples) for examples in few] == [90, 10, 20]
+    assert splits_of(task("coinflip", "task.sizes=null")) == splits_of(task("coinflip"))
+    with pytest.raises(Refused, match="the generator of coin flips holds no test question"):
+        task("coinflip", "task.sizes=[9,0]").examples("test")
+
+
 def test_the_published_prompt_is_put_word_for_word(task, tmp_path, tokenizer):
     boolq = task("boolq", f"task.path={written(RECORDS['boolq'][0], tmp_path)}", "task.sizes=null")
     assert boolq.prompt(boolq.examples("test")[0], tokenizer) == (
@@ -196,6 +211,14 @@ def test_questions_longer_than_a_row_are_left_out_of_training_and_said(task, tmp
     rows = coins.rows(tokenizer, cache, 0)
     assert 0 < len(rows) < len(coins.examples("train")) and rows.ids_BL.shape[1] <= 200
     assert "left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_question_that_is_left_to_train_on_is_named(task, tmp_path, tokenizer, cache, count):
+    records = {"examples": [{"question": "a", "answer": "yes"}] * count}
+    coins = task("coinflip", f"task.path={written(records, tmp_path)}", "task.sizes=null", "task.held_out=0.999")
+    with pytest.raises(Refused, match="leaves no train question of task=coinflip with task.held_out=0.999"):
+        coins.rows(tokenizer, cache, 0)
 
 
 # What a model wrote, what the published rule reads in it, and what a word of its own would be.
@@ -331,6 +354,8 @@ REFUSED = [
     ("task=coinflip task.scored=none", ["task.scored=none is unknown", "all or answer"]),
     ("task=coinflip task.held_out=1", ["task.held_out=1.0 is no share"]),
     ("task=coinflip task.limit=0", ["task.limit=0 asks nothing"]),
+    ("task=coinflip task.sizes=[100]", ["task.sizes=[100]", "Write two"]),
+    ("task=coinflip task.sizes=[-1,9]", ["task.sizes=[-1, 9]", "Write two"]),
 ]
 
 

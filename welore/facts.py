@@ -64,7 +64,7 @@ class TriviaQa(Facts):
     """TriviaQA's validation questions, without their documents."""
 
     def test(self, raws):
-        return alone_or_named(raws, "validation", "dev")
+        return alone_or_named(raws, self.path, "validation", "dev")
 
     def example(self, raw):
         answer = raw["answer"]
@@ -77,7 +77,7 @@ class FreebaseQa(Facts):
     """FreebaseQA: a question is right by any of the names of any of its parses."""
 
     def test(self, raws):
-        return alone_or_named(raws, "eval", "test")
+        return alone_or_named(raws, self.path, "eval", "test")
 
     def example(self, raw):
         names = list(_texts(raw["Parses"], "AnswersName"))
@@ -87,6 +87,8 @@ class FreebaseQa(Facts):
 
 
 def fact(question: str, answer: str, aliases: list[str]) -> Example:
+    if not isinstance(aliases, list):
+        raise ValueError(f"the aliases {aliases!r} of {question!r} are no list")
     if not all(map(is_text, (answer, *aliases))):
         raise ValueError(f"the answers {[answer, *aliases]} of {question!r} are not all texts")
     if not normalized(answer) and not any(map(normalized, aliases)):

@@ -82,6 +82,11 @@ class Questions(Task):
                 raise Refused(f"task.{key}={getattr(self, key)} is unknown. Write {' or '.join(known)}.")
         if not 0 < self.held_out < 1:
             raise Refused(f"task.held_out={self.held_out} is no share in (0, 1). Write 0.1 for a tenth.")
+        if self.sizes is not None and (len(self.sizes) != 2 or min(self.sizes) < 0):
+            raise Refused(
+                f"task.sizes={list(self.sizes)} are not the numbers of training and of test questions. Write two, as "
+                f"in task.sizes=[350,150], or null for any."
+            )
         for key, least in {"limit": 1, "train_limit": 0, "batch": 1, "new_tokens": 1}.items():
             value = getattr(self, key)
             if value is not None and value < least:
@@ -201,6 +206,11 @@ class Questions(Task):
     def rows(self, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None) -> Rows:
         """Whole texts, each in a row of its own; those that are longer than a row are left out, as in the paper."""
         examples, length = self.examples(split)[:limit], self.training.length
+        if not examples:
+            raise Refused(
+                f"{self._source()} leaves no {split} question of task={self.name} with task.held_out={self.held_out}. "
+                f"Give more training questions, or write another share."
+            )
         prompts = [self.prompt(example, tokenizer) for example in examples]
         texts = [f"{p} {e.answer}{self.ending(tokenizer)}" for p, e in zip(prompts, examples, strict=True)]
         encoded = encode(tokenizer, prompts, texts, self.style == "paper")

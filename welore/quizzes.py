@@ -11,8 +11,9 @@ from typing import ClassVar
 from welore.errors import Refused
 from welore.examine import Item
 from welore.questions import Example, Questions
-from welore.sources import Raw, alone, every, head_and_tail, is_text, read_files, text, train_and_dev
+from welore.sources import Raw, alone, every, head_and_tail, is_text, named, read_files, text, train_and_dev
 
+PAPER_FLIPS = (350, 150)  # puzzles for training and testing
 SHUFFLE_SEED = 99  # of the authors, for the choices of date understanding
 
 
@@ -60,7 +61,9 @@ class Svamp(Questions):
         return {"SVAMP": sorted(every(super()._hub()), key=challenge)}
 
     def divide(self, raws):
-        return (raws["train"], raws["test"]) if "test" in raws else head_and_tail(alone(raws), 0.7)
+        if {"train", "test"} & set(raws):
+            return named(raws, "train"), named(raws, "test")
+        return head_and_tail(alone(raws), 0.7)
 
     def example(self, raw):
         answer = float(raw["Answer"])
@@ -101,7 +104,9 @@ class YesOrNo(Questions):
 class CoinFlip(YesOrNo):
     """Whether a coin is still heads up after four people have flipped it or not.
 
-    Without a path the puzzles are generated, of the same kind as those of the paper: `generator_seed` says which.
+    Without a path `sizes` puzzles are generated in the words of the paper's, and `generator_seed` says which. They are
+    easier than the paper's: every name of a test puzzle is one of the 58 that training shows, and in the paper's file
+    hardly any is.
     """
 
     generator_seed: int
@@ -109,10 +114,20 @@ class CoinFlip(YesOrNo):
     def _raws(self):
         if self.path is not None:
             return read_files(Path(self.path))
-        return {"generated": coin_flips(sum(self.sizes or [350, 150]), self.generator_seed)}
+        return {"generated": coin_flips(sum(self._wanted), self.generator_seed)}
+
+    @property
+    def _wanted(self) -> list[int]:
+        return list(self.sizes or PAPER_FLIPS)
+
+    def _source(self):
+        return super()._source() if self.path else "the generator of coin flips"
 
     def divide(self, raws):
-        return head_and_tail(alone(raws), 0.7)
+        puzzles = alone(raws)
+        if self.path is not None:
+            return head_and_tail(puzzles, 0.7)
+        return puzzles[: self._wanted[0]], puzzles[self._wanted[0] :]
 
     def example(self, raw):
         if raw["answer"] not in ("yes", "no"):

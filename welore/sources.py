@@ -101,20 +101,23 @@ def every(raws: dict[str, list[Raw]]) -> list[Raw]:
     return [raw for name in sorted(raws) for raw in raws[name]]
 
 
-def named(raws: dict[str, list[Raw]], *words: str) -> list[Raw]:
+FOLDER = "Give the folder of the original files: task.path=FOLDER."
+
+
+def named(raws: dict[str, list[Raw]], *words: str, instead: str = FOLDER) -> list[Raw]:
     """The records of the file or split whose name has one of the words."""
     names = [name for name in raws if set(words) & set(re.split(r"[^a-z]+", name.lower()))]
     if len(names) != 1:
         wanted = f"one file or split named after {' or '.join(words)} is needed"
-        raise Refused(
-            f"{wanted}, and there are {sorted(raws)}. Give the folder of the original files: task.path=FOLDER."
-        )
+        raise Refused(f"{wanted}, and there are {sorted(raws)}. {instead}")
     return raws[names[0]]
 
 
-def alone_or_named(raws: dict[str, list[Raw]], *words: str) -> list[Raw]:
-    """The records of the only file or split, or else of the one whose name has one of the words."""
-    return alone(raws) if len(raws) == 1 else named(raws, *words)
+def alone_or_named(raws: dict[str, list[Raw]], path: str | None, *words: str) -> list[Raw]:
+    """The records of the file `path`, or else those of the file or split whose name has one of the words."""
+    if path is not None and Path(path).is_file():
+        return alone(raws)
+    return named(raws, *words, instead="Give the file itself: task.path=FILE.")
 
 
 def train_and_dev(raws: dict[str, list[Raw]]) -> tuple[list[Raw], list[Raw]]:

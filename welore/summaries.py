@@ -16,7 +16,7 @@ from welore.chat import said
 from welore.errors import Refused, refuse_below
 from welore.judged import Case, Judged
 from welore.judges import Request, in_range
-from welore.sources import parsed, read_files, reading_hub
+from welore.sources import Raw, alone_or_named, parsed, read_files, reading_hub
 
 PROMPT = "Summarize the following news article in three sentences. Write the summary and nothing else.\n\n{article}"
 ASPECTS = {
@@ -44,8 +44,8 @@ SMALL, LARGE = 470, 790  # words: at most, and at least
 class CnnDailyMail(Judged):
     """`per_class` articles of each class of length, which `choice_seed` chooses among all of the split.
 
-    A local file has records with the fields `article` and `highlights`. Articles of more than `most_words` words are
-    not chosen (null for any).
+    A local file has records with the fields `article` and `highlights`; of a folder the file is read that is named
+    after `split`. Articles of more than `most_words` words are not chosen (null for any).
     """
 
     what: ClassVar[str] = "articles"
@@ -79,14 +79,20 @@ class CnnDailyMail(Judged):
         draw = random.Random(self.choice_seed)
         return [case for cases in classes.values() for case in draw.sample(cases, self.per_class)]
 
-    def _raws(self) -> list[dict[str, Any]]:
+    def _raws(self) -> list[Raw]:
         if self.path is not None:
-            return [raw for raws in read_files(Path(self.path)).values() for raw in raws]
+            return self._of_split(read_files(Path(self.path)))
         from datasets import load_dataset
 
         instead = "Give a local file of JSON lines with the fields article and highlights: task.path=FILE."
         with reading_hub(f"the articles of {self.name}", self.repo, instead):
             return list(load_dataset(self.repo, self.subset, split=self.split))
+
+    def _of_split(self, raws: dict[str, list[Raw]]) -> list[Raw]:
+        try:
+            return alone_or_named(raws, self.path, self.split)
+        except Refused as error:
+            raise Refused(f"{self.source()} does not hold the articles of task.split={self.split}: {error}") from error
 
     def requests(self, case: Case, answers: Sequence[str]) -> list[Request]:
         aspects = "\n".join(f"* {aspect.capitalize()}: {meaning}." for aspect, meaning in ASPECTS.items())
