@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -235,6 +236,30 @@ def test_what_a_run_may_cost_in_all_is_said_once_and_before_anything_else(judged
     assert [("whole run" in line) for line in lines] == [True, False, False]
 
 
+def test_what_a_broken_model_says_is_counted_and_nobody_is_paid_to_rate_it(
+    judged, bench, tmp_path, monkeypatch, capsys
+):
+    written = welore.judged.replies
+
+    def breaking(model, tokenizer, prompts, *how):
+        """The answers to the math of the second turn."""
+        found = written(model, tokenizer, prompts, *how)
+        broken = ["twice that" in prompt or "half of that" in prompt for prompt in prompts]
+        return [replace(r, breaks_at="layers.1") if b else r for r, b in zip(found, broken, strict=True)]
+
+    monkeypatch.setattr("welore.judged.replies", breaking)
+    with serving() as server:
+        config = judged("mt_bench", bench, *endpoint(server))
+        found = run(config, tmp_path / "run").metrics
+        asked = [call["messages"][1]["content"] for call in server.calls]
+        again = run(config, tmp_path / "again").metrics
+    assert (found["dense/broken"], found["dense/breaks_at"]) == (2, "layers.1")
+    assert (found["dense/judged"], found["dense/unjudged"], found["dense/score/math"]) == (4, 4, None)
+    assert asked and not any("1 + 1" in question or "2 + 2" in question for question in asked)
+    assert again["dense/broken"] == 2 and "the dense model gives numbers" in capsys.readouterr().err
+    assert [answer.get("breaks_at") for answer in told(tmp_path / "run")] == [None, None, "layers.1", "layers.1"]
+
+
 def test_a_missing_key_ends_a_run_before_the_model_writes(judged, bench, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.setattr("welore.judged.replies", lambda *args: pytest.fail("it has written"))
@@ -427,6 +452,18 @@ def test_articles_that_cannot_be_used_are_named(judged, tmp_path, records, words
     with pytest.raises(Refused) as stopped:
         task.cases()
     assert all(word in str(stopped.value) for word in words)
+
+
+def test_of_a_folder_the_articles_of_the_split_are_chosen(judged, tmp_path):
+    sizes = (100, 600, 900)
+    for split in ("train", "validation", "test"):
+        records = [{"id": split, "article": "a " * size, "highlights": "a"} for size in sizes]
+        lines(tmp_path / f"{split}.jsonl", records)
+    for split in ("test", "validation"):
+        task = judged("cnn_dailymail", tmp_path, "task.per_class=1", f"task.split={split}").task
+        assert {case.name for case in task.cases()} == {split}
+    with pytest.raises(Refused, match=r"task.split=tset: one file .* there are \['test', 'train', 'validation'\]"):
+        judged("cnn_dailymail", tmp_path, "task.per_class=1", "task.split=tset").task.cases()
 
 
 def test_articles_longer_than_wanted_are_not_chosen(judged, news):

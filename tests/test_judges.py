@@ -255,7 +255,7 @@ def test_waits_double_up_to_a_minute(monkeypatch):
         ({"status": 400, "raw": b"max_tokens is not supported"}, ["HTTP 400", "max_tokens is not supported"]),
         ({"status": 302, "headers": {"Location": "http://127.0.0.1:9/"}}, ["sends elsewhere", "judge.base_url"]),
         ({"status": 403}, ["OPENAI_API_KEY", "HTTP 403"]),
-        ({"status": 429, "raw": b'{"error": {"code": "insufficient_quota"}}'}, ["no credit left"]),
+        ({"status": 429, "raw": b'{"error": {"code": "insufficient_quota"}}'}, ["OPENAI_API_KEY has no credit left"]),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -298,14 +298,21 @@ def test_an_answer_is_kept_whatever_is_said_of_its_tokens(judge, kept, usage):
     message = {"role": "assistant", "content": "Rating: [[6]]"}
     raw = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
     with serving(plan=[{"raw": raw}]) as server:
-        assert ratings(judge(server).judgments(requests(1), kept, CPU, "judgments")) == [6.0]
+        priced = judge(server, "judge.input_price=0", "judge.output_price=1000", "judge.max_cost=9")
+        assert ratings(priced.judgments(requests(1), kept, CPU, "judgments")) == [6.0]
         assert len(server.calls) == 1
+    assert priced.spent == pytest.approx(1.024)  # what 1,024 tokens cost, which is the longest that it may be
 
 
 def test_an_endpoint_without_keys_gets_none(judge, kept):
     with serving(key=None) as server:
         keyless = judge(server, "judge.key_env=null")
         assert ratings(keyless.judgments(requests(1), kept, CPU, "judgments")) == [7.0]
+
+
+def test_an_endpoint_that_wants_a_key_and_gets_none_is_named(judge, kept):
+    with serving() as server, pytest.raises(Refused, match="wants a key .*judge.key_env is null"):
+        judge(server, "judge.key_env=null").judgments(requests(1), kept, CPU, "judgments")
 
 
 def test_a_malformed_rating_is_asked_for_again_and_then_given_up(judge, kept):

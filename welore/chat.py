@@ -1,14 +1,14 @@
 """Conversations put to a model: in its chat template, or in a plain form where it has none."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from welore.evaluate import float32_logits
 from welore.examine import encode
-from welore.greedy import passes, write_greedily
-from welore.report import announce
+from welore.greedy import Continuation, passes, write_greedily
 
 Messages = list[dict[str, str]]  # of a conversation: each has a role (system, user, assistant) and a content
 
@@ -58,17 +58,13 @@ def replies(
     new_tokens: int,
     dtype: str | None,
     title: str,
-) -> list[str]:
+) -> list[Continuation]:
     """What the model says next, greedily, without white space around it."""
     with float32_logits(model):
         ids = _encoded(tokenizer, prompts)
         found = write_greedily(model, tokenizer, ids, batch, new_tokens, _ends(model, tokenizer), dtype, title)
-    if breaks_at := next((reply.breaks_at for reply in found if reply.breaks_at), None):
-        announce(f"the model gives numbers that are not finite, which start in {breaks_at}: its {title} mean nothing")
-    texts = [reply.text for reply in found]
-    if tokenizer.chat_template is None:
-        texts = [text.partition(PLAIN_END)[0] for text in texts]
-    return [text.strip() for text in texts]
+    end = PLAIN_END if tokenizer.chat_template is None else None
+    return [replace(reply, text=(reply.text.partition(end)[0] if end else reply.text).strip()) for reply in found]
 
 
 def _encoded(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:

@@ -190,13 +190,19 @@ class Endpoint:
     def _refusal(self, answer: _Answer, told: str, body: dict[str, Any]) -> Exception:
         """What an HTTP status means: to try again, or what to do about it."""
         said = f"HTTP {answer.status}: {' '.join(told.split())[:200]}"
+        if answer.status in (401, 403) and self.key_env is None:
+            return Refused(
+                f"{self.base_url} wants a key ({said}), and judge.key_env is null. Write the name of the environment "
+                f"variable that holds one, such as judge.key_env=OPENAI_API_KEY."
+            )
         if answer.status in (401, 403):
             return Refused(
                 f"{self.base_url} refuses the key in the environment variable {self.key_env} ({said}). Put a key "
                 f"there that may use the model {body['model']}."
             )
         if "insufficient_quota" in told:
-            return Refused(f"the account behind {self.key_env} has no credit left at {self.base_url} ({said}). {KEPT}")
+            owner = f"the account behind {self.key_env}" if self.key_env else "the account"
+            return Refused(f"{owner} has no credit left at {self.base_url} ({said}). {KEPT}")
         if answer.status in PASSING or answer.status >= 500:
             return _Again(said, _retry_after(answer.retry_after))
         if 300 <= answer.status < 400:
@@ -227,7 +233,7 @@ def _read(answer: Any, until: float) -> bytes:
 
 
 def _count(usage: Any, key: str) -> int:
-    """How many tokens an endpoint says; 0 where it says nothing of use, for the answer is paid for all the same."""
+    """How many tokens an endpoint says; 0 where it says nothing of use."""
     value = usage.get(key) if isinstance(usage, dict) else None
     return value if isinstance(value, int) and value > 0 else 0
 

@@ -17,11 +17,13 @@ from welore.chat import batches, conversation, longest, replies, said
 from welore.compress import weight_digests
 from welore.errors import refuse_below
 from welore.evaluate import Benchmark, Outcome
+from welore.greedy import Continuation
 from welore.judges import CHARACTERS_PER_TOKEN, Judge, Judgment, Request
 from welore.sources import content
 from welore.tasks import Task
 
 STAGES = 2  # dense and compressed: nothing is trained
+UNASKED = Judgment("", None, 0)  # of what is not worth a question
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Written:
 
     prompts: list[list[str]]
     answers: list[list[str]]
+    breaks: list[
+        str | None
+    ]  # by case: the layer where numbers that are not finite start, if any of its answers has them
     seconds: float
 
 
@@ -115,7 +120,7 @@ class Hearing(Benchmark):
     def identity(self) -> tuple[str | bytes, ...]:
         asked = [(request.messages, request.aspects, request.form) for request in self.requests("")]
         found = [self.judge.science(), self.task.measures, asked]
-        return f"{self.title} {self._how()} echoes are no ratings", *map(json.dumps, found)
+        return f"{self.title} {self._how()} echoes are no ratings, nor what is not finite", *map(json.dumps, found)
 
     def requests(self, answer: str) -> list[Request]:
         """All that a judge is asked where every answer is this one."""
@@ -129,12 +134,16 @@ class Hearing(Benchmark):
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
         written = self._written(model, dtype, stage)
         found = {"empty": sum(not answer for answers in written.answers for answer in answers)}
+        if broken := [place for place in written.breaks if place]:
+            found |= {"broken": len(broken), metrics.BREAKS_AT: broken[0]}
         measured = self.task.measured(self.cases, written.answers)
         found |= _means([case.category for case in self.cases], measured)
         lines = [
-            {"name": case.name, "category": case.category, "prompts": prompts, "written": answers} | values
-            for case, prompts, answers, values in zip(
-                self.cases, written.prompts, written.answers, measured, strict=True
+            {"name": case.name, "category": case.category, "prompts": prompts, "written": answers}
+            | ({metrics.BREAKS_AT: breaks_at} if breaks_at else {})
+            | values
+            for case, prompts, answers, breaks_at, values in zip(
+                self.cases, written.prompts, written.answers, written.breaks, measured, strict=True
             )
         ]
         rate = len(self.cases) / written.seconds
@@ -146,11 +155,14 @@ class Hearing(Benchmark):
             return outcome
         pairs = zip(self.cases, outcome.answers, strict=True)
         asked = [(line, request) for case, line in pairs for request in self.task.requests(case, line["written"])]
-        requests = [request for _, request in asked]
-        judgments = self.judge.judgments(requests, self.cache, device, f"{stage} judgments")
-        for (line, request), judgment in zip(asked, judgments, strict=True):
+        # What a model says whose numbers are not finite means nothing: nobody is asked, or paid, to rate it.
+        whole = [(line, request) for line, request in asked if metrics.BREAKS_AT not in line]
+        found = self.judge.judgments([request for _, request in whole], self.cache, device, f"{stage} judgments")
+        for (line, request), judgment in zip(whole, found, strict=True):
             line.setdefault("judgments", []).append({"asked": request.messages} | asdict(judgment))
-        ratings = counted([line["category"] for line, _ in asked], requests, judgments)
+        rest = iter(found)
+        judgments = [UNASKED if metrics.BREAKS_AT in line else next(rest) for line, _ in asked]
+        ratings = counted([line["category"] for line, _ in asked], [request for _, request in asked], judgments)
         return Outcome(outcome.stage | ratings, outcome.shared, outcome.answers)
 
     def _written(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Written:
@@ -158,6 +170,7 @@ class Hearing(Benchmark):
         key, seconds = self._key(model, dtype), 0.0
         prompts: list[list[str]] = [[] for _ in self.cases]
         answers: list[list[str]] = [[] for _ in self.cases]
+        breaks: list[str | None] = [None] * len(self.cases)
         for turn in range(max(len(case.turns) for case in self.cases)):
             places = [place for place, case in enumerate(self.cases) if turn < len(case.turns)]
             asked = [conversation(self.tokenizer, _talk(self.cases[place], answers[place])) for place in places]
@@ -166,10 +179,12 @@ class Hearing(Benchmark):
                 together = [asked[index] for index in batch]
                 new, took = self._replies(model, dtype, key, together, title)
                 seconds += took
-                for index, answer in zip(batch, new, strict=True):
-                    prompts[places[index]].append(asked[index])
-                    answers[places[index]].append(answer)
-        return Written(prompts, answers, seconds)
+                for index, reply in zip(batch, new, strict=True):
+                    place = places[index]
+                    prompts[place].append(asked[index])
+                    answers[place].append(reply.text)
+                    breaks[place] = breaks[place] or reply.breaks_at
+        return Written(prompts, answers, breaks, seconds)
 
     def _key(self, model: PreTrainedModel, dtype: str | None) -> str:
         weights = (part for item in weight_digests(model).items() for part in item)
@@ -179,23 +194,23 @@ class Hearing(Benchmark):
 
     def _replies(
         self, model: PreTrainedModel, dtype: str | None, key: str, prompts: list[str], title: str
-    ) -> tuple[list[str], float]:
+    ) -> tuple[list[Continuation], float]:
         """What the model says to one batch, and the seconds that it took.
 
         Kept by the weights: a run that was killed, a judge that fails, or another judge, finds the very same answers.
         """
 
-        def make() -> tuple[list[str], float]:
+        def make() -> tuple[list[Continuation], float]:
             started = time.perf_counter()
             new = replies(model, self.tokenizer, prompts, self.task.batch, self.task.new_tokens, dtype, title)
             return new, time.perf_counter() - started
 
-        def read(path: Path) -> tuple[list[str], float]:
+        def read(path: Path) -> tuple[list[Continuation], float]:
             new, took = json.loads(path.read_text())
-            return new, took
+            return [Continuation(**reply) for reply in new], took
 
-        def write(made: tuple[list[str], float], path: Path) -> None:
-            path.write_text(json.dumps(made))
+        def write(made: tuple[list[Continuation], float], path: Path) -> None:
+            path.write_text(json.dumps(([asdict(reply) for reply in made[0]], made[1])))
 
         return self.cache.get("answers", digest(key, *prompts), read, write, make)
 

@@ -73,6 +73,11 @@ class Local(Language):
                 f"{self.path} has {limit} positions. Lower judge.max_tokens or take another judge."
             )
         model.to(device)
-        texts = replies(model, tokenizer, prompts, self.batch, self.max_tokens, self.autocast, "judgments")
+        found = replies(model, tokenizer, prompts, self.batch, self.max_tokens, self.autocast, "judgments")
         model.cpu()  # the memory belongs to the model that is measured
-        return texts
+        if breaks_at := next((reply.breaks_at for reply in found if reply.breaks_at), None):
+            raise Refused(
+                f"the judge {self.path} gives numbers that are not finite, which start in {breaks_at}. Write another "
+                f"judge.dtype, such as judge.dtype=float32, or take another judge."
+            )
+        return [reply.text for reply in found]

@@ -23,7 +23,7 @@ class OpenAi(Language):
     Prices are per million tokens. What a whole run costs at most is said at its start, and what a round of judgments
     costs at most before its first call. A round is refused where the run would come above `max_cost` with it; a run
     also stops where it has spent that. A call without an answer counts as one with the longest, for the endpoint may
-    have written it.
+    have written it, and so does an answer whose tokens the endpoint does not count.
     """
 
     changes_nothing: ClassVar[tuple[str, ...]] = (
@@ -161,7 +161,8 @@ class OpenAi(Language):
         sampling = {} if self.temperature is None else {"temperature": self.temperature}
         body = {"model": self.model, "messages": talk, self.length_key: self.max_tokens} | sampling
         reply = self.endpoint.complete(body, stop or Event(), lost)
-        self.paid.append(self._cost(reply.tokens_in, reply.tokens_out))
+        # Of what an endpoint does not count, the estimate is booked.
+        self.paid.append(self._cost(reply.tokens_in or _tokens([talk]), reply.tokens_out or self.max_tokens))
         return asdict(reply)
 
 
