@@ -84,6 +84,7 @@ REFUSED = [
     ("task.protocol.window=5000", ["task.protocol.window=5000", "longer than the 4096 positions", "tiny"]),
     ("task.training.length=5000", ["task.training.length=5000", "longer than the 4096 positions"]),
     ("task.training.length=1", ["task.training.length=1 trains nothing"]),
+    ("mode.betas=0.9", ["mode.betas=0.9", "is not a ListConfig", "Write mode.betas=[0.9]."]),
     ("task.training.batch=two", ["task.training.batch=two", "Integer", "Write a whole number"]),
     ("task.training.batch=3 task.training.accumulate=2", ["batch=3 does not divide", "accumulate=2"]),
     ("task.training.steps=5 task.training.tokens=500", ["steps=5 and tokens=500", "exactly one"]),

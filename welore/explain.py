@@ -106,9 +106,11 @@ def _of_hydra(error: BaseException) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value. Write {error.full_key}=VALUE."
     if isinstance(cause, ValidationError):
-        fault = str(cause).splitlines()[0]
+        fault, override = str(cause).splitlines()[0].rstrip("."), message.removeprefix("Error merging override ")
         wanted = next((words for kind, words in TYPES.items() if fault.endswith(f" to {kind}")), "a value of its type")
-        return f"{message.removeprefix('Error merging override ')}: {fault}. Write {wanted}."
+        if "is not a ListConfig" in fault:
+            wanted = "{}=[{}]".format(*override.split("=", 1))
+        return f"{override}: {fault}. Write {wanted}."
     if misspelled := re.search(r"Could not override '([\w.]+)'", message):
         beside = _keys_beside(cause, misspelled[1]) if isinstance(cause, ConfigKeyError | AttributeError) else []
         everywhere = list(_keys(OmegaConf.to_container(compose([]))))
