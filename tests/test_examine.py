@@ -164,7 +164,11 @@ def test_a_run_keeps_every_prompt_answer_and_verdict_beside_its_record(configure
         for key, prefix in {"verdict": "", "option": "option_"}.items():
             assert found[f"{stage}/{prefix}correct"] == sum(a[key] == "right" for a in answers)
             assert found[f"{stage}/{prefix}accuracy"] * 7 == pytest.approx(found[f"{stage}/{prefix}correct"])
-    assert 0 <= found["tuned/train_option_accuracy"] <= 1
+    lines = (tmp_path / "run" / "answers-tuned-training.jsonl").read_text().splitlines()
+    right = sum(json.loads(line)["option"] == "right" for line in lines)
+    assert len(lines) == found["tuned/train_examples"] == 3 and found["tuned/train_option_correct"] == right
+    assert found["tuned/train_option_accuracy"] == right / 3
+    assert not (tmp_path / "run" / "answers-dense-training.jsonl").exists()
 
 
 def test_the_answers_of_a_model_that_breaks_are_valid_json_and_its_record_and_summary_say_where(

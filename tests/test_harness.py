@@ -8,9 +8,10 @@ from conftest import ROOT
 
 from welore.checkpoint import load
 from welore.config import compose, to_config
+from welore.counts import wilson
 from welore.errors import Refused
 from welore.harness import answers as lines_of
-from welore.harness import broken_tasks, numbers, with_groups
+from welore.harness import broken_tasks, counts, numbers, with_groups
 from welore.lowrank import LowRankLinear
 from welore.runner import run
 
@@ -69,7 +70,10 @@ def test_the_harness_measures_the_model_in_memory(asked, tmp_path):
     dense, compressed = (answers(tmp_path / "run", stage) for stage in ("dense", "compressed"))
     assert len(dense) == len(compressed) == 20 == found["eval/examples"]
     for stage, lines in {"dense": dense, "compressed": compressed}.items():
-        assert found[f"{stage}/lm_eval/sums/acc"] * 20 == pytest.approx(sum(line["metrics"]["acc"] for line in lines))
+        right = sum(line["metrics"]["acc"] for line in lines)
+        assert found[f"{stage}/lm_eval/sums/acc"] * 20 == pytest.approx(right)
+        counted = [found[f"{stage}/lm_eval/sums/{key}"] for key in ("examples", "acc_correct", "acc_low", "acc_high")]
+        assert counted == [20, right, *wilson(right, 20)]
     assert [line["answers"] for line in dense] != [line["answers"] for line in compressed]
 
 
@@ -97,7 +101,9 @@ def test_a_question_that_is_read_by_two_filters_is_one_question(asked, tmp_path)
     lines = answers(tmp_path / "run", "compressed")
     assert found["eval/examples"] == 4 and len(lines) == 8
     assert {line["filter"] for line in lines} == {"whole", "first"}
-    assert {"dense/lm_eval/written/exact_match,whole", "dense/lm_eval/written/exact_match,first"} <= set(found)
+    for kind in ("whole", "first"):
+        key = f"dense/lm_eval/written/exact_match,{kind}"
+        assert found[f"{key}_correct"] == found[key] * 4 and found["dense/lm_eval/written/examples"] == 4
 
 
 def test_data_that_changed_outside_the_folder_are_measured_anew(asked, tmp_path):
@@ -155,6 +161,17 @@ def test_a_broken_task_has_no_number_and_nor_have_the_groups_that_it_counts_in()
     results = {name: {"acc,none": 0.5, "alias": name} for name in ("sums", "whole", "hard", "easy", "all")}
     missing = {"lm_eval/sums/acc": None, "lm_eval/hard/acc": None, "lm_eval/all/acc": None}
     assert numbers(results, broken) == missing | {"lm_eval/whole/acc": 0.5, "lm_eval/easy/acc": 0.5}
+
+
+def test_only_shares_of_right_answers_are_counted():
+    lines = [WHOLE | {"acc": right, "f1": right / 2, "word": right} for right in (1, 0, 1, 1)]
+    lines = [line | {"metrics": ["acc", "f1", "word"], "doc_id": place} for place, line in enumerate(lines)]
+    key = "lm_eval/sums/acc"
+    told = {key: 0.75, "lm_eval/sums/f1": 0.375, "lm_eval/sums/word": 0.5}  # the last is not the mean
+    low, high = wilson(3, 4)
+    found = {"lm_eval/sums/examples": 4, f"{key}_correct": 3, f"{key}_low": low, f"{key}_high": high}
+    assert counts({"sums": lines}, told) == found
+    assert counts({"sums": lines}, dict.fromkeys(told)) == {"lm_eval/sums/examples": 4}  # broken
 
 
 def test_a_broken_answer_is_marked_and_counts_for_nothing():

@@ -176,11 +176,15 @@ def perplexity(
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a model did at one stage: `stage` metrics without their prefix, others, and an answer for each question."""
+    """How a model did at one stage: `stage` metrics without their prefix, others, and an answer for each question.
+
+    `practice` are its answers to training questions.
+    """
 
     stage: dict[str, Any]
     shared: dict[str, Any]
     answers: list[dict[str, Any]] = field(default_factory=list)
+    practice: list[dict[str, Any]] = field(default_factory=list)
 
     def metrics(self, stage: str) -> dict[str, Any]:
         return {f"{stage}/{key}": value for key, value in self.stage.items()} | self.shared

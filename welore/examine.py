@@ -124,7 +124,9 @@ class Exam(Benchmark):
         found = _counted(answers)
         if breaks_at := next((a[metrics.BREAKS_AT] for a in answers if metrics.BREAKS_AT in a), None):
             found[metrics.BREAKS_AT] = breaks_at
-        found |= {f"train_{key}": value for key, value in _counted(practised).items() if key.endswith("accuracy")}
+        found |= {f"train_{key}": value for key, value in _counted(practised).items()}
+        if practised:
+            found["train_examples"] = len(practised)
         shared = {
             metrics.EVAL_EXAMPLES.key: len(answers),
             metrics.EVAL_CHANCE.key: max(Counter(i.answer for i in self.items).values()) / len(answers),
@@ -132,7 +134,7 @@ class Exam(Benchmark):
             metrics.EVAL_UNPARSED.key: found.get("unparsed", 0),
             metrics.EVAL_QUESTIONS_PER_SECOND.key: len(answers) / seconds,
         }
-        return Outcome(found, shared, answers)
+        return Outcome(found, shared, answers, practised)
 
     def _answers(self, model, dtype, items: list[Item], stage: str) -> list[dict[str, Any]]:
         """By question: the prompt, what was written and read, the likelihood of the options, and the verdicts."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from welore import metrics
 from welore.batches import tokenizer_identity
 from welore.cache import Cache, digest
+from welore.counts import wilson
 from welore.errors import Refused, refuse_below
 from welore.evaluate import Benchmark, Outcome, float32_logits
 from welore.greedy import where_it_breaks
@@ -104,7 +105,7 @@ class HarnessRun(Benchmark):
     def identity(self) -> tuple[str | bytes, ...]:
         from importlib.metadata import version
 
-        how = f"{self.title} {version('lm-eval')} batch {self.task.batch} none of what is not finite"
+        how = f"{self.title} {version('lm-eval')} batch {self.task.batch} none of what is not finite, counts"
         return how, self.task.identity(), self.content, tokenizer_identity(self.tokenizer)
 
     def measure(self, model: PreTrainedModel, dtype: str | None, stage: str) -> Outcome:
@@ -137,6 +138,7 @@ class HarnessRun(Benchmark):
         shared = {metrics.EVAL_EXAMPLES.key: asked, metrics.EVAL_QUESTIONS_PER_SECOND.key: asked / seconds}
         broken = broken_tasks(samples)
         stage = numbers(found["results"], with_groups(set(broken), found["group_subtasks"]))
+        stage |= counts(samples, stage)
         if broken:
             ids_BL = torch.tensor([wrapped.tok_encode(next(iter(broken.values())))[-wrapped.max_length :]])
             stage[metrics.BREAKS_AT] = where_it_breaks(model, ids_BL.to(wrapped.device), dtype)
@@ -170,11 +172,33 @@ def with_groups(tasks: set[str], groups: dict[str, list[str]]) -> set[str]:
 def numbers(results: dict[str, dict[str, Any]], broken: set[str]) -> dict[str, float | None]:
     """`lm_eval/TASK/METRIC`, as the harness names them, without the filter where it is `none`; None for the broken."""
     return {
-        f"lm_eval/{task}/{metric.removesuffix(',none')}": None if task in broken else float(value)
+        _key(task, metric): None if task in broken else float(value)
         for task, measured in results.items()
         for metric, value in measured.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and metric not in ("sample_len",)
     }
+
+
+def counts(samples: dict[str, list[dict[str, Any]]], numbers: dict[str, float | None]) -> dict[str, float]:
+    """How many questions each task has, and of metrics that are a share of right answers how many those are, and the
+    share's Wilson interval. The harness's own deviation is left out: it is one of the normal distribution."""
+    found: dict[str, float] = {}
+    for task, lines in samples.items():
+        found[f"lm_eval/{task}/examples"] = len({line["doc_id"] for line in lines})
+        by_metric: dict[str, list[Any]] = {}
+        for line in lines:
+            for metric in line["metrics"]:
+                by_metric.setdefault(_key(task, f"{metric},{line['filter']}"), []).append(line[metric])
+        for key, values in by_metric.items():
+            verdicts = all(value in (0, 1) for value in values) and numbers.get(key) is not None
+            if verdicts and math.isclose(sum(values) / len(values), numbers[key]):  # some are aggregated otherwise
+                low, high = wilson(sum(values), len(values))
+                found |= {f"{key}_correct": int(sum(values)), f"{key}_low": low, f"{key}_high": high}
+    return found
+
+
+def _key(task: str, metric: str) -> str:
+    return f"lm_eval/{task}/{metric.removesuffix(',none')}"
 
 
 def answers(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

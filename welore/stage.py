@@ -50,11 +50,12 @@ def measure_once(model, weights: dict[str, str], benchmark: Benchmark, config: C
 
 
 def noted(outcome: Outcome, folder: Path, stage: str) -> dict[str, Any]:
-    """The metrics of a stage; its answers go to a file for people to read."""
+    """The metrics of a stage; its answers go to files for people to read."""
     if breaks_at := outcome.stage.get(metrics.BREAKS_AT):
         announce(f"the {stage} model gives numbers that are not finite; they start in {breaks_at}")
-    if outcome.answers:
-        lines = [json.dumps(finite(answer), ensure_ascii=False, allow_nan=False) for answer in outcome.answers]
-        with whole(folder / f"answers-{stage}.jsonl") as part:
-            part.write_text("\n".join(lines) + "\n")
+    for name, answers in {stage: outcome.answers, f"{stage}-training": outcome.practice}.items():
+        if answers:
+            lines = [json.dumps(finite(answer), ensure_ascii=False, allow_nan=False) for answer in answers]
+            with whole(folder / f"answers-{name}.jsonl") as part:
+                part.write_text("\n".join(lines) + "\n")
     return outcome.metrics(stage)
