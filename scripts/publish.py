@@ -4,9 +4,9 @@
     python -m experiments who_learns outputs=benchmarks       the table, rendered from what was published
     cp -rn benchmarks/. outputs/                              go on from there: what is published is not run again
 
-Each run keeps its record and the files that its artefact draws, and no weights; of answers it keeps the verdicts, for
-the questions are those of a data set, and of CoinFlip's generated puzzles also what the model wrote. Paths are made
-those of any machine: the folder of local data is $WELORE_DATA.
+Each run keeps its record and the files that its artefact draws, and no weights; of answers it keeps what the model
+wrote and the verdicts, without the questions, which are those of a data set. Paths are made those of any machine: the
+folder of local data is $WELORE_DATA.
 """
 
 import json
@@ -26,7 +26,7 @@ from welore.explain import explain
 from welore.records import Record, records
 
 TARGET = Path("benchmarks")
-OF_ANSWERS = ("read", "verdict", "option", "rouge_l")
+OF_ANSWERS = ("written", "read", "verdict", "option", "rouge_l")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -85,21 +85,15 @@ def write(record: Record, run: Path, folder: Path, needs: Sequence[str]) -> None
             continue
         if file.startswith("answers-"):
             lines = (run / file).read_text(encoding="utf-8").split("\n")[:-1]
-            kept = ("written", *OF_ANSWERS) if generated(record) else OF_ANSWERS
-            (folder / file).write_text("".join(f"{judged(line, kept)}\n" for line in lines), encoding="utf-8")
+            (folder / file).write_text("".join(f"{judged(line)}\n" for line in lines), encoding="utf-8")
         else:
             shutil.copy(run / file, folder / file)
 
 
-def generated(record: Record) -> bool:
-    task = record.config["task"]
-    return task.get("name") == "coinflip" and task.get("path") is None
-
-
-def judged(line: str, keys: Sequence[str] = OF_ANSWERS) -> str:
-    """What was read of an answer and what it was found to be, without the question."""
+def judged(line: str) -> str:
+    """An answer, what was read of it and what it was found to be, without the question."""
     answer = json.loads(line)
-    kept = {key: answer[key] for key in keys if key in answer}
+    kept = {key: answer[key] for key in OF_ANSWERS if key in answer}
     if "judgments" in answer:
         kept["judgments"] = [{"ratings": judgment["ratings"]} for judgment in answer["judgments"]]
     return json.dumps(kept, ensure_ascii=False)

@@ -67,7 +67,7 @@ def test_a_run_that_diverged_keeps_its_reason_without_lines_of_code(tmp_path, da
     assert (record.status, record.error) == ("failed", "FloatingPointError: the loss of step 3 is nan")
 
 
-def test_answers_keep_their_verdicts_and_not_the_questions_of_a_data_set(tmp_path, data):
+def test_answers_keep_what_was_written_and_not_the_questions_of_a_data_set(tmp_path, data):
     row, outputs = ran(tmp_path)
     answers = [{"prompt": "Is it?", "right": "yes", "written": "no\u0085", "read": "no", "verdict": "wrong"}]
     answers += [{"prompt": "Is it so?", "right": "yes", "written": "yes", "read": "yes", "verdict": "right"}]
@@ -77,17 +77,8 @@ def test_answers_keep_their_verdicts_and_not_the_questions_of_a_data_set(tmp_pat
     folder = tmp_path / "benchmarks" / row.folder.relative_to(outputs)
     assert asked.verdicts(folder) == asked.verdicts(row.folder) == [False, True]
     assert "Is it" not in (folder / "answers-tuned.jsonl").read_text()
-    assert "written" not in (folder / "answers-tuned.jsonl").read_text()
-
-
-@pytest.mark.parametrize(("path", "kept"), [(None, ["no.", "no"]), ("coin_flip.json", ["no"])])
-def test_of_puzzles_that_are_generated_what_the_model_wrote_is_published_too(tmp_path, data, path, kept):
-    row, outputs = ran(tmp_path, name="coinflip", path=path and str(data / path))
-    answer = {"prompt": "Is it?", "right": "yes", "written": "no.", "read": "no"}
-    (row.folder / "answers-tuned.jsonl").write_text(json.dumps(answer) + "\n", encoding="utf-8")
-    published(row, outputs, table6.NEEDS)
-    folder = tmp_path / "benchmarks" / row.folder.relative_to(outputs)
-    assert list(json.loads((folder / "answers-tuned.jsonl").read_text()).values()) == kept
+    kept = json.loads((folder / "answers-tuned.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    assert kept == {"written": "no\u0085", "read": "no", "verdict": "wrong"}
 
 
 def test_of_a_judgment_its_ratings_are_published_and_not_what_the_judge_was_asked():
