@@ -1,7 +1,7 @@
 """Measure the forward pass, backward pass and optimizer of a step of two modes, by the tokens of the step.
 
 usage: python scripts/bench_steps.py [--model smollm2_135m] [--tokens 64 256 1024 2048] [--length 256] [--rounds 3]
-           [--random [--multiple 8]] [--out FILE.json] [overrides]
+           [--random [--multiple 8] [--plan even|paper]] [--out FILE.json] [overrides]
        python scripts/bench_steps.py --model llama2_7b --random --tokens 1024 4096 8192 --length 1024 -- err=0.5
 
 WeLore against full tuning of the same compressed model: in turns on a CPU, whose clock changes; after each other on a
@@ -23,6 +23,7 @@ from welore.measure import GIB, give_back, peak_memory
 from welore.memory import Step, predict
 from welore.models import count_parameters
 from welore.modes import Mode
+from welore.shapes import EVEN, PLANS, PLANS_HELP
 
 OURS, FULL = MODES = ("welore", "full")
 Parts = dict[str, float]
@@ -36,12 +37,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of two steps of each mode")
     parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
     parser.add_argument("--multiple", type=int, default=1, help="of which ranks are, with --random")
+    parser.add_argument("--plan", choices=PLANS, default=EVEN, help=f"of the ranks, with --random: {PLANS_HELP}")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_steps.json"), help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5")
     arguments = parser.parse_args()
+    if arguments.plan != EVEN and not arguments.random:
+        parser.error(f"--plan {arguments.plan} is of a stand-in: write --random too")
     config = to_config(compose([f"model={arguments.model}", *arguments.overrides]))
     device = config.trainer.place()
-    model = subject(config, device, arguments.random, arguments.multiple).train()
+    model = subject(config, device, arguments.random, arguments.multiple, arguments.plan).train()
     modes = {name: to_config(compose([f"mode={name}"])).mode for name in MODES}
     rows = []
     for tokens in arguments.tokens:
@@ -49,7 +53,7 @@ def main() -> None:
         step = Step(tokens // length, length, config.model.autocast)
         rows.append(measure(model, modes, step, arguments.rounds))
         print("\n".join(lines(rows[-1])), flush=True)
-        how = {key: getattr(arguments, key) for key in ("rounds", "random", "multiple")}
+        how = {key: getattr(arguments, key) for key in ("rounds", "random", "multiple", "plan")}
         how |= {"model": config.model.name, "asked": config.asked, "parameters": count_parameters(model)}
         write(arguments.out, {"rows": rows} | how, device)
     print(f"written to {arguments.out}")

@@ -1,7 +1,7 @@
 """Measure tokens per second at an equal memory budget: each mode at about the largest batch that fits.
 
 usage: python scripts/equal_memory.py [--gib 2 3] [--modes welore full lora galore] [--length 256] [--most 8]
-           [--predict] [--random [--multiple 8]] [--out FILE.json] [overrides]
+           [--predict] [--random [--multiple 8] [--plan even|paper]] [--out FILE.json] [overrides]
        python scripts/equal_memory.py --random --gib 24 48 80 --length 1024 -- model=llama2_7b err=0.5      on a GPU
 
 Every mode runs with and without recomputation; the faster of the two is marked, unless --most cut a batch. On a GPU a
@@ -30,6 +30,7 @@ from welore.config import Config, compose, to_config
 from welore.measure import GIB, give_back
 from welore.memory import Step, largest_batch
 from welore.modes import select
+from welore.shapes import EVEN, PLANS, PLANS_HELP
 
 
 def without_storage(model: PreTrainedModel) -> PreTrainedModel:
@@ -42,9 +43,9 @@ def one(arguments: argparse.Namespace, mode: str, gib: float, recompute: bool) -
     config = to_config(compose([*arguments.overrides, f"mode={mode}"]))
     device = config.trainer.place()
     if arguments.random:
-        model, bare = None, stand_in_model(config, torch.device("meta"), arguments.multiple)
+        model, bare = None, stand_in_model(config, torch.device("meta"), arguments.multiple, arguments.plan)
     else:
-        model = subject(config, device, False, 1)
+        model = subject(config, device, False)
         bare = without_storage(model)
     step = Step(1, arguments.length, config.model.autocast, recompute)
     largest = largest_batch(bare, config.mode, select(bare, config.mode), step, gib)
@@ -70,7 +71,7 @@ def tried(
     give_back(device)  # on a GPU what ran before
     try:
         if model is None:
-            model = subject(config, device, arguments.random, arguments.multiple)
+            model = subject(config, device, arguments.random, arguments.multiple, arguments.plan)
         return measured(model, config, step, steps=1)[1]
     except torch.cuda.OutOfMemoryError:
         return None
@@ -102,10 +103,13 @@ def main() -> None:
     parser.add_argument("--predict", action="store_true", help="find the batches and measure nothing")
     parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
     parser.add_argument("--multiple", type=int, default=1, help="of which ranks are, with --random")
+    parser.add_argument("--plan", choices=PLANS, default=EVEN, help=f"of the ranks, with --random: {PLANS_HELP}")
     parser.add_argument("--out", type=Path, default=Path("outputs/equal_memory.json"), help="where the figures go")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5 (after a --)")
     arguments = parser.parse_args()
+    if arguments.plan != EVEN and not arguments.random:
+        parser.error(f"--plan {arguments.plan} is of a stand-in: write --random too")
     if arguments.only:
         mode, gib, recompute = arguments.only.split(",")
         print(json.dumps(one(arguments, mode, float(gib), recompute == "True")))
@@ -121,9 +125,8 @@ def main() -> None:
                 row["best"] = row is best
                 print(line(row), flush=True)
             rows += pair
-            shape = {
-                key: getattr(arguments, key) for key in ("modes", "length", "most", "random", "multiple", "overrides")
-            }
+            keys = ("modes", "length", "most", "random", "multiple", "plan", "overrides")
+            shape = {key: getattr(arguments, key) for key in keys}
             write(arguments.out, {"rows": rows, "shape": shape}, device)
     print(f"written to {arguments.out}")
 

@@ -1,7 +1,7 @@
 """Print the memory of one training step, or of inference, predicted from shapes, and the largest batch that fits.
 
 usage: python scripts/memory.py model=llama2_7b err=0.5 mode=welore [--batch 1] [--length 1024] [--gib 24 48 80]
-           [--recompute] [--ranks RUN/ranks.json] [overrides]
+           [--recompute] [--plan even|paper | --ranks RUN/ranks.json] [overrides]
        python scripts/memory.py err=0.3 mode=welore --batch 4 --length 256 --measure [--out FILE.json]
                                                                                   beside two real steps
        python scripts/memory.py model=llama2_7b err=0.5 --inference [--batch 1] [--lengths 512 1024 2048 4096]
@@ -9,7 +9,8 @@ usage: python scripts/memory.py model=llama2_7b err=0.5 mode=welore [--batch 1] 
 
 Without --measure nothing is loaded: the model is built without storage. Its ranks are those of --ranks (or of
 ranks=given ranks.path=FILE); without it a stand-in of the right err, which has the parameters of the paper's Table 7
-for LLaMA-2-7B.
+for LLaMA-2-7B. With --plan even, the default, every LRC of it keeps the same share of its ranks; with --plan paper,
+known at err 0.5 alone, LRCs and N-LRCs have as many parameters as the paper says.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from welore.memory import Footprint, Step, largest_batch, predict, predict_prefi
 from welore.models import count_parameters
 from welore.modes import select
 from welore.ranks import Given, read_ranks
-from welore.shapes import factor, on_meta, sizes_of, stand_in
+from welore.shapes import EVEN, PLANS, PLANS_HELP, factor, on_meta, sizes_of, stand_in
 
 
 def table(footprint: Footprint) -> str:
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("--gib", type=float, nargs="*", default=[24, 48, 80], help="memories to fill with sequences")
     parser.add_argument("--recompute", action="store_true", help="run every layer again for its gradient")
     parser.add_argument("--ranks", type=Path, help="ranks.json of a run with this model")
+    parser.add_argument("--plan", choices=PLANS, help=f"a stand-in for ranks: {PLANS_HELP}")
     parser.add_argument("--inference", action="store_true", help="of reading prompts and writing after them")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="of the prompts of --inference"
@@ -81,6 +83,8 @@ def show(arguments: argparse.Namespace) -> None:
     config = to_config(compose(arguments.overrides))
     if arguments.out and not arguments.measure:
         raise Refused(f"--out {arguments.out} is for what is measured. Write --measure too, or leave it out.")
+    if arguments.plan and arguments.measure:
+        raise Refused(f"--plan {arguments.plan} is a stand-in, and --measure loads the model. Write one of them.")
     if arguments.batch < 1 or arguments.length < 2:
         raise Refused(f"--batch {arguments.batch} --length {arguments.length} is no step. Write 1 and 2 or more.")
     if not config.mode.trains:
@@ -92,7 +96,7 @@ def show(arguments: argparse.Namespace) -> None:
             shape = {"model": config.model.name, "mode": config.mode.name, "asked": config.asked, **asdict(step)}
             write(arguments.out, found | {"shape": shape}, config.trainer.place())
         return
-    model, origin = shaped(config, arguments.ranks)
+    model, origin = shaped(config, arguments.ranks, arguments.plan)
     count = count_parameters(model)
     parameters = select(model, config.mode)
     if config.task.training.unfreeze(model):
@@ -111,15 +115,17 @@ def show(arguments: argparse.Namespace) -> None:
         print(f"largest batch in {gib:g} GiB: {plain}, with recompute {again}")
 
 
-def shaped(config: Config, file: Path | None) -> tuple[PreTrainedModel, str]:
-    """The compressed model without storage, and where its ranks are from."""
+def shaped(config: Config, file: Path | None, plan: str | None = None) -> tuple[PreTrainedModel, str]:
+    """The compressed model without storage, and where its ranks are from; `plan` is of a stand-in (None: even)."""
     if file is None and isinstance(config.ranks, Given):
         file = Path(config.ranks.path)
+    if file and plan:
+        raise Refused(f"--plan {plan} is a stand-in for ranks, and {file} holds ranks. Write one of them.")
     if file is None and config.err is None:
         raise Refused(f"{config.asked} needs spectra, and nothing is loaded here. Write err=0.5 or --ranks FILE.")
     model = on_meta(sizes_of(config.model), config.model.dtype)
-    factor(model, read_ranks(file) if file else stand_in(model, config.err))
-    return model, str(file or f"a stand-in for err={config.err:g}")
+    factor(model, read_ranks(file) if file else stand_in(model, config.err, plan=plan or EVEN))
+    return model, str(file or f"a stand-in for err={config.err:g}, plan {plan or EVEN}")
 
 
 def show_inference(arguments: argparse.Namespace) -> None:
@@ -128,7 +134,7 @@ def show_inference(arguments: argparse.Namespace) -> None:
         raise Refused("scripts/bench_inference.py --rounds 0 measures inference. Write --inference alone.")
     if arguments.batch < 1 or min(arguments.lengths) < 1:
         raise Refused(f"--batch {arguments.batch} --lengths {arguments.lengths}: write 1 or more.")
-    small, origin = shaped(config, arguments.ranks)
+    small, origin = shaped(config, arguments.ranks, arguments.plan)
     models = {"dense": on_meta(sizes_of(config.model), config.model.dtype), "compressed": small}
     counts = ", ".join(f"{name} {count_parameters(model) / 1e6:,.1f}M" for name, model in models.items())
     print(f"{config.model.name} in {config.model.dtype}, ranks: {origin}; parameters: {counts}")

@@ -12,9 +12,11 @@ import torch
 from conftest import ROOT
 
 from welore.examine import Item
+from welore.shapes import PLANS
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import bench_steps
 import equal_memory
 from bench_questions import MANY, ONE, WHOLE, agreement, sample
 
@@ -77,6 +79,31 @@ def test_random_weights_are_measured_without_a_model_or_a_decomposition(tmp_path
 
 
 @pytest.mark.slow
+def test_steps_and_budgets_are_of_the_plan_that_is_asked_for(tmp_path):
+    overrides = (*TINY, "model.config.num_key_value_heads=4", "err=0.5")
+    limits, fits = {}, {}
+    for plan in PLANS:
+        random = ("--random", f"--plan={plan}", "--length=32")
+        steps = figures(
+            "bench_steps", tmp_path, "--model=tiny", *random, "--tokens=32", "--rounds=1", overrides=overrides
+        )
+        found = figures(
+            "equal_memory", tmp_path, *random, "--gib=0.02", "--modes=full", "--predict", overrides=overrides
+        )
+        assert steps["plan"] == found["shape"]["plan"] == plan
+        limits[plan], fits[plan] = steps["rows"][0]["ratios"]["limit"], found["rows"][0]["largest batch"]
+    assert limits["paper"] > limits["even"] and fits["paper"] != fits["even"]
+
+
+@pytest.mark.parametrize("script", [bench_steps, equal_memory])
+def test_a_plan_for_a_model_that_is_loaded_is_refused(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--plan=paper"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "--plan paper is of a stand-in: write --random too" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_faster_of_two_at_the_largest_batch_of_a_budget_is_the_best(tmp_path):
     plain, again = figures("equal_memory", tmp_path, "--gib", "0.005", "--modes", "welore", "--length=32")["rows"]
     assert 0 < plain["largest batch"] < again["largest batch"] and plain["measured GiB"] > 0
@@ -109,7 +136,9 @@ def test_the_model_of_a_prediction_is_measured_and_another_where_it_ran_out_of_m
 
     monkeypatch.setattr(equal_memory, "subject", subject)
     monkeypatch.setattr(equal_memory, "measured", measured)
-    arguments = Namespace(overrides=list(TINY), random=False, multiple=1, length=32, predict=False, most=16)
+    arguments = Namespace(
+        overrides=list(TINY), random=False, multiple=1, plan="even", length=32, predict=False, most=16
+    )
     assert equal_memory.one(arguments, "lora", 1.0, False)["batch"] == 12
     assert batches == [16, 14, 12] and len(models) == 3
 

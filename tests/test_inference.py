@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from welore.config import compose, to_config
+from welore.errors import Refused
 from welore.fuse import fuse
 from welore.inference import (
     Writer,
@@ -22,7 +23,7 @@ from welore.inference import (
 from welore.lowrank import factored_ranks
 from welore.models import components, count_bytes, count_parameters, flops_per_token
 from welore.ranks import Budget
-from welore.shapes import SHAPES, factor, on_meta, stand_in
+from welore.shapes import PLANS, SHAPES, factor, on_meta, stand_in
 
 IDS_BL = torch.arange(24).view(2, 12) * 11 % 259
 
@@ -136,10 +137,36 @@ def test_a_stand_in_has_the_parameters_of_the_papers_table_7(err, millions):
     assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=1e-3)
 
 
-@pytest.mark.parametrize("multiple", [8, 64])
-def test_a_stand_in_of_aligned_ranks_is_about_the_same(multiple):
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_the_stand_in_of_the_paper_has_all_that_is_published_of_its_plan(multiple):
+    """Of LLaMA-2-7B at err 0.5, in billions of parameters as they are printed, and ratios within 2 % of 1."""
     model = on_meta(SHAPES["llama2_7b"], "bfloat16")
-    free, found = stand_in(model, 0.5), stand_in(model, 0.5, multiple)
+    ranks = stand_in(model, 0.5, multiple, "paper")
+    before = {name: module.weight.numel() for name, module in components(model).items()}
+    factor(model, ranks)
+    after = {name: sum(p.numel() for p in module.parameters()) for name, module in components(model).items()}
+    cut = [name for name, rank in ranks.items() if rank is not None]
+    lrc, n_lrc = sum(after[name] for name in cut), sum(after[name] for name in ranks if name not in cut)
+    assert sum(4096 - ranks[name] for name in cut) / (4096 * len(ranks)) == pytest.approx(0.5, abs=1e-3)
+    assert count_parameters(model) / 1e6 == pytest.approx(4543.67, rel=5e-4)  # Table 7
+    assert (round(lrc / 1e9, 1), round(n_lrc / 1e9, 1)) == (1.2, 3.1)  # a panel of Figure 5 of the first version
+    assert lrc / sum(before[name] for name in cut) == pytest.approx(0.35, abs=0.02)  # the abstract, in one reading
+    assert all(rank < 0.5 * 4096 for rank in ranks.values() if rank is not None)  # Section 3.1
+    assert all(ranks[name] < 0.1 * 4096 for name in ranks if name.endswith(("q_proj", "k_proj")))  # B.1
+    assert not any(name.endswith(("v_proj", "down_proj")) for name in cut)  # Section 3 of the first version
+
+
+@pytest.mark.parametrize(("name", "err"), [("llama2_7b", 0.3), ("mistral_7b", 0.5)])
+def test_the_plan_of_the_paper_is_refused_where_it_is_not_known(name, err):
+    with pytest.raises(Refused, match="plan of the paper is known for LLaMA-2's shapes at err=0.5"):
+        stand_in(on_meta(SHAPES[name], "bfloat16"), err, plan="paper")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_a_stand_in_of_aligned_ranks_is_about_the_same(multiple, plan):
+    model = on_meta(SHAPES["llama2_7b"], "bfloat16")
+    free, found = stand_in(model, 0.5, plan=plan), stand_in(model, 0.5, multiple, plan)
     for name, rank in free.items():
         assert found[name] is rank is None or (found[name] % multiple == 0 and abs(found[name] - rank) <= multiple / 2)
 

@@ -241,6 +241,23 @@ def test_the_peak_of_reading_a_prompt_is_what_was_measured_on_a_gpu():
             assert 0.983 < found.peak / GIB / row["peak GiB"] < 0.998
 
 
+def printed(monkeypatch, capsys, *arguments):
+    """The exit status of scripts/memory.py, and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["memory.py", *arguments])
+    status, found = memory.main(), capsys.readouterr()
+    return status, found.out + found.err
+
+
+def test_the_plan_of_a_stand_in_is_printed_and_refused_where_ranks_are_known(monkeypatch, capsys):
+    size = ("model=llama2_7b", "err=0.5", "mode=welore", "--gib")
+    for plan, trained in (("even", "2,865.8M"), ("paper", "1,219.9M")):
+        status, text = printed(monkeypatch, capsys, *size, "--plan", plan)
+        assert status == 0 and f"err=0.5, plan {plan};" in text and f"trains {trained}" in text
+    for known in ("--measure", "--ranks=ranks.json"):
+        status, text = printed(monkeypatch, capsys, *size, "--plan", "paper", known)
+        assert status == 2 and "--plan paper is a stand-in" in text
+
+
 def test_a_model_of_another_shape_is_refused(family, configured):
     model = family("opt")
     with pytest.raises(Refused, match="saved tensors of a opt model are not known"):

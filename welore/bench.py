@@ -33,7 +33,7 @@ from welore.provenance import commit, environment
 from welore.ranks import Plan
 from welore.records import Record
 from welore.rounds import compress
-from welore.shapes import drawn, factor, sizes_of, stand_in
+from welore.shapes import EVEN, drawn, factor, sizes_of, stand_in
 
 # Of AdamW: fused, as we run it, and a loop over the parameters, as it was before.
 IMPLEMENTATIONS = {"fused": {"foreach": None, "fused": True}, "loop": {"foreach": False, "fused": False}}
@@ -87,20 +87,22 @@ def as_a_run(config: Config, device: torch.device, cache: Cache) -> tuple[PreTra
     return model, tokenizer, plan
 
 
-def stand_in_model(config: Config, device: torch.device, multiple: int = 1) -> PreTrainedModel:
+def stand_in_model(config: Config, device: torch.device, multiple: int = 1, plan: str = EVEN) -> PreTrainedModel:
     """Random weights in the shapes of a config's model, cut to a stand-in for ranks of its err: nothing is loaded."""
     if config.err is None:
         raise Refused(f"{config.asked} needs spectra, and random weights have none of use. Write err=0.5.")
     model = drawn(sizes_of(config.model), config.model.dtype, device)
     if config.err:
-        factor(model, stand_in(model, config.err, multiple))
+        factor(model, stand_in(model, config.err, multiple, plan))
     return model
 
 
-def subject(config: Config, device: torch.device, random: bool, multiple: int) -> PreTrainedModel:
-    """The compressed model of a config, or its stand-in; `multiple` is of the ranks of a stand-in."""
+def subject(
+    config: Config, device: torch.device, random: bool, multiple: int = 1, plan: str = EVEN
+) -> PreTrainedModel:
+    """The compressed model of a config, or its stand-in; `multiple` and `plan` are of the ranks of a stand-in."""
     if random:
-        return stand_in_model(config, device, multiple)
+        return stand_in_model(config, device, multiple, plan)
     # The cache of all runs: the decomposition is not what is measured.
     return compressed(config, device, Cache(Path(config.outputs) / ".cache"))[0]
 

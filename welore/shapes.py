@@ -23,6 +23,26 @@ SHAPES = {
 }
 # What an LRC of a stand-in keeps of its ranks, by err: LLaMA-2-7B then has the parameters of the paper's Table 7.
 LEFT = {0.3: 0.469, 0.5: 0.3583, 0.7: 0.2509}
+# Of a component: the share of its weights that are LRCs, and the share of its ranks that each of these keeps.
+Cut = tuple[float, float]
+WHOLE: Cut = (0.0, 1.0)
+# LRCs such that 1.2B parameters are in them and 3.1B in the other weights, as the first version says (Figure 5). What
+# they keep are then two unknowns, which err 0.5 and the parameters of Table 7 settle. o is cut like q and k, of which
+# over 90 % is removed; v and down are whole, and most of up.
+ATTENTION_LEFT, MLP_LEFT = 0.0976, 0.3657
+SPLIT_ERR = 0.5
+SPLIT: dict[str, Cut] = {
+    "q_proj": (1.0, ATTENTION_LEFT),
+    "k_proj": (1.0, ATTENTION_LEFT),
+    "o_proj": (1.0, ATTENTION_LEFT),
+    "gate_proj": (1.0, MLP_LEFT),
+    "up_proj": (0.25, MLP_LEFT),
+}
+PLANS = EVEN, PAPER = ("even", "paper")
+PLANS_HELP = (
+    "even: all LRCs keep the same share of their ranks (that of the published H200 figures); paper: N-LRCs have 2.5 "
+    "times the parameters of the LRCs, as in LLaMA-2-7B at err 0.5"
+)
 
 
 def sizes_of(model: Model) -> dict:
@@ -61,23 +81,41 @@ def factor(model: PreTrainedModel, ranks: dict[str, int | None]) -> None:
             replace(model, name, LowRankLinear(*sizes, device=linear.weight.device, dtype=linear.weight.dtype))
 
 
-def stand_in(model: PreTrainedModel, err: float, multiple: int = 1) -> dict[str, int | None]:
-    """Ranks of the right err for a model whose spectra nobody has read: every LRC keeps the same share of its ranks.
+def stand_in(model: PreTrainedModel, err: float, multiple: int = 1, plan: str = EVEN) -> dict[str, int | None]:
+    """Ranks of the right err for a model whose spectra nobody has read, the nearest multiples of `multiple`.
 
-    They are the nearest multiples of `multiple`. LRCs are spread evenly over the layers of every component. In a real
-    plan their ranks differ, and attention is cut more than the MLP, so that of as many parameters fewer are in LRCs.
+    `even`: every LRC keeps the same share of its ranks, and every component has as many LRCs. In a real plan attention
+    is cut more than the MLP, so that of as many parameters fewer are in LRCs. `paper` is such a plan: its LRCs and
+    N-LRCs have the parameters that the paper says of LLaMA-2-7B at err 0.5, and it is known at no other err. Which
+    layers are cut is not published: in both plans they are spread evenly.
     """
-    left = min(_left(err), 1 - err)
+    weights = components(model)
+    cuts = _cuts(weights, err, plan)
     ranks, owed = {}, {}
-    for name, linear in components(model).items():
+    for name, linear in weights.items():
         component = name.rpartition(".")[2]
-        owed[component] = owed.get(component, 0.0) + err / (1 - left)
+        share, left = cuts.get(component, WHOLE)
+        owed[component] = owed.get(component, 0.0) + share
         cut = owed[component] >= 0.5
         owed[component] -= cut
         most = min(linear.out_features, linear.in_features)
         rank = min(most, multiple * max(1, round(left * most / multiple)))
         ranks[name] = rank if cut else None
     return ranks
+
+
+def _cuts(weights: dict[str, nn.Linear], err: float, plan: str) -> dict[str, Cut]:
+    """How each component is cut; `paper` has its err where all weights have as many ranks, as LLaMA-2's have."""
+    if plan == EVEN:
+        left = min(_left(err), 1 - err)
+        return {name.rpartition(".")[2]: (err / (1 - left), left) for name in weights}
+    ranks = {min(linear.out_features, linear.in_features) for linear in weights.values()}
+    if err != SPLIT_ERR or len(ranks) > 1:
+        raise Refused(
+            f"the plan of the paper is known for LLaMA-2's shapes at err={SPLIT_ERR}, not for err={err:g} and weights "
+            f"of {', '.join(map(str, sorted(ranks)))} ranks. Write --plan even."
+        )
+    return SPLIT
 
 
 def _left(err: float) -> float:
