@@ -196,6 +196,30 @@ class Live(TorchDispatchMode):
         return found
 
 
+# Adapters of peft that are run again under autocast hold up to 9 % more than what is counted of them. On a virtual
+# weight they are float32 whatever the model is, and what they read is not counted: "lora merged" is left out.
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("weights", "dtype"), [("float32", None), ("float32", "bfloat16"), ("bfloat16", None)])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "lora merged"])
+def test_the_peak_of_the_backward_pass_is_that_of_its_tensors(mode, weights, dtype, recompute, compressed, configured):
+    config, ids_BL = configured(*MODES[mode]), torch.arange(4096).view(8, 512) * 11 % 259
+    model = compressed.to(getattr(torch, weights)).train()
+    parameters = select(model, config.mode)
+    step = Step(8, 512, dtype, recompute)
+    moments = predict(model, config.mode, parameters, step).moments
+    groups = config.mode.optimizer(parameters).param_groups
+    there = [*model.parameters(), *model.buffers(), *(p for group in groups for p in group["params"]), ids_BL]
+    loss = causal_loss(model)
+    with frozen_weights_in(model, dtype), recomputed(model, recompute), Live(there) as live:
+        with autocast(CPU, dtype):
+            total, _ = loss(ids_BL, ids_BL)
+        live.peak = 0
+        total.backward()
+    predicted = max(moments["start of the backward pass"], moments["backward pass of a layer"])
+    adapters = mode.startswith(("lora", "rslora")) and dtype and recompute
+    assert predicted == pytest.approx(live.peak, rel=0.09 if adapters else 0.01)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cut", [False, True])
 def test_the_peak_of_reading_a_prompt_is_that_of_its_tensors_to_the_byte(cut, dtype, pristine, compressed):

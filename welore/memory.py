@@ -44,13 +44,14 @@ class Step:
 class Footprint:
     """Bytes at the peak of a step, by what they are for.
 
-    `held` is there all the time. Of the other three, all that counts is the one that is the largest.
+    `held` is there all the time. Of the moments, all that counts is the one that is the largest.
     """
 
     held: dict[str, int]
     saved: dict[str, int]  # for the backward pass, when the forward pass ends
     loss: int  # logits of a chunk, on top of `saved`
-    layer: int  # what the backward pass of one layer works with, on top of `saved`
+    final_norm: int  # what its gradient works with, on top of `saved`
+    layer: int  # when the backward pass is in its widest layer: what is saved still, gradients, and its work
     gradients: int  # of all that trains, when the backward pass ends
     stepping: int  # what the optimizer works with, on top of `gradients`
 
@@ -60,8 +61,8 @@ class Footprint:
         saved = sum(self.saved.values())
         return {
             "end of the forward pass": saved + self.loss,
-            "start of the backward pass": saved + self.layer,
-            "end of the backward pass": self.gradients + self.layer,
+            "start of the backward pass": saved + self.final_norm,
+            "backward pass of a layer": self.layer,
             "optimizer step": self.gradients + self.stepping,
         }
 
@@ -75,8 +76,7 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
     _check_kind(model, "saved tensors", "one step instead: fit/peak_gib of a run")
     if not mode.foreseen:
         raise Refused(f"what mode={mode.name} saves and keeps is not known here. Measure it: fit/peak_gib of a run.")
-    sizes = [p.numel() for p in parameters]
-    layers = [_layer(model, block, step, first) for block, first in _blocks(model)]
+    layers = [_layer(model, block, step, flows) for block, flows in _blocks(model)]
     casts = _casts(model, step)
     saved = Counter()
     for layer in layers:
@@ -87,7 +87,6 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
         {"hidden states of the loss": step.batch * (step.length - 1) * _width(model) * _itemsize(model, step)}
     )
     saved.update({"casts of what trains": sum(size for size, trains in casts.values() if trains)})
-    again = max(sum(layer.values()) for layer in layers) if step.recompute else 0
     return Footprint(
         held={
             "weights": count_bytes(model),
@@ -97,8 +96,9 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
         },
         saved=dict(saved),
         loss=_loss(model, step),
-        layer=again + _backward(model, step),
-        gradients=FLOAT32 * sum(sizes),
+        final_norm=_final_norm(model, step),
+        layer=_widest_layer(model, step, layers, casts),
+        gradients=FLOAT32 * sum(p.numel() for p in parameters),
         stepping=mode.step_bytes(parameters),
     )
 
@@ -255,9 +255,50 @@ def _loss(model: PreTrainedModel, step: Step) -> int:
     return min(size, scored) * vocabulary * (2 * FLOAT32 + cast)
 
 
-def _backward(model: PreTrainedModel, step: Step) -> int:
-    """The widest moment of a layer: gradients of both inputs of the gated product and of one of its factors."""
-    return step.tokens * (3 * model.config.intermediate_size * _itemsize(model, step) + 2 * _width(model) * FLOAT32)
+def _final_norm(model: PreTrainedModel, step: Step) -> int:
+    """Five float32 numbers for each that it normalizes; what the loss saved is used up, and so is its own output."""
+    wide, norm = step.tokens * _width(model), model.base_model.norm
+    used = step.batch * (step.length - 1) * _width(model) * _itemsize(model, step)
+    return 5 * wide * FLOAT32 - used - (_residual(model, step) if norm.weight.requires_grad else 0)
+
+
+def _widest_layer(
+    model: PreTrainedModel, step: Step, layers: list[dict[str, int]], casts: dict[int, tuple[int, bool]]
+) -> int:
+    """The widest moment of the widest layer: what layers before it have saved, gradients of all behind it, its own.
+
+    The last layers have more saved before them, the first ones more gradients. A layer that is run again shares its
+    input with its first norm where that needs no copy in float32, and casts its own weights anew; all others' casts
+    are gone.
+    """
+    kept = 2 * step.length * head_size(model.config) * _residual_itemsize(model)
+    kept += 0 if step.recompute else sum(size for size, trains in casts.values() if trains)
+    behind, moments = _gradients(model), []
+    for (block, flows), layer in zip(_blocks(model), layers, strict=True):
+        behind -= _gradients(block)
+        own = sum(layer.values()) + _gated(model, block, step)
+        if step.recompute:
+            kept += _residual(model, step)
+            own += sum(casts.get(id(p), (0, False))[0] for p in block.parameters() if p.requires_grad)
+            own -= _residual(model, step) if flows and _residual_itemsize(model) == FLOAT32 else 0
+        moments.append(kept + own + behind + _gradients(block.mlp.down_proj))
+        kept += 0 if step.recompute else sum(layer.values())
+    return max(moments)
+
+
+def _gated(model: PreTrainedModel, block: nn.Module, step: Step) -> int:
+    """Gradients of a layer's output, of its gated product and of both of its factors; what down_proj saved is used."""
+    down, wide = block.mlp.down_proj, step.tokens * model.config.intermediate_size
+    size, used = _itemsize(model, step), _reads(down, step) * wide + _between(down) * step.tokens
+    work = _residual(model, step) + (3 * wide - used) * size
+    if step.recompute and step.autocast and _adapted(down):
+        # While it is run again an adapter holds the product beside the float32 copy that peft makes of it.
+        return max(work, wide * (FLOAT32 + size) + 2 * _residual(model, step))
+    return work
+
+
+def _gradients(module: nn.Module) -> int:
+    return FLOAT32 * sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _residual(model: PreTrainedModel, step: Step) -> int:
