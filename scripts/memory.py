@@ -27,8 +27,9 @@ from welore.errors import Refused
 from welore.explain import explain
 from welore.measure import GIB
 from welore.memory import Footprint, Step, largest_batch, predict, predict_prefill
-from welore.models import count_parameters
+from welore.models import components, count_parameters
 from welore.modes import select
+from welore.prune import mask_bytes
 from welore.ranks import Given, read_ranks
 from welore.shapes import EVEN, PLANS, PLANS_HELP, factor, on_meta, sizes_of, stand_in
 
@@ -85,6 +86,8 @@ def show(arguments: argparse.Namespace) -> None:
         raise Refused(f"--out {arguments.out} is for what is measured. Write --measure too, or leave it out.")
     if arguments.plan and arguments.measure:
         raise Refused(f"--plan {arguments.plan} is a stand-in, and --measure loads the model. Write one of them.")
+    if config.prune.prunes and arguments.measure:
+        raise Refused(f"prune={config.prune.name} is not measured here. Leave out --measure to count it, or prune=.")
     if arguments.batch < 1 or arguments.length < 2:
         raise Refused(f"--batch {arguments.batch} --length {arguments.length} is no step. Write 1 and 2 or more.")
     if not config.mode.trains:
@@ -98,6 +101,7 @@ def show(arguments: argparse.Namespace) -> None:
         return
     model, origin = shaped(config, arguments.ranks, arguments.plan)
     count = count_parameters(model)
+    masks = mask_bytes(config.prune, components(model))
     parameters = select(model, config.mode)
     if config.task.training.unfreeze(model):
         raise Refused(
@@ -107,10 +111,11 @@ def show(arguments: argparse.Namespace) -> None:
     trained = sum(p.numel() for p in parameters)
     print(f"{config.model.name}, ranks: {origin}; {count / 1e6:,.1f}M parameters, mode={config.mode.name}")
     print(f"trains {trained / 1e6:,.1f}M; {step.batch} x {step.length} tokens, recompute={step.recompute}\n")
-    print(table(predict(model, config.mode, parameters, step)))
+    print(table(predict(model, config.mode, parameters, step, masks)))
     for gib in arguments.gib:
         plain, again = (
-            largest_batch(model, config.mode, parameters, replace(step, recompute=on), gib) for on in (False, True)
+            largest_batch(model, config.mode, parameters, replace(step, recompute=on), gib, masks)
+            for on in (False, True)
         )
         print(f"largest batch in {gib:g} GiB: {plain}, with recompute {again}")
 

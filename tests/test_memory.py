@@ -17,10 +17,12 @@ from welore.evaluate import autocast, causal_loss, frozen_weights_in
 from welore.fit import recomputed
 from welore.measure import GIB
 from welore.memory import Step, largest_batch, predict, predict_prefill
-from welore.models import count_bytes
+from welore.models import components, count_bytes
 from welore.modes import select
 from welore.optim import state_bytes
+from welore.prune import mask_bytes, prune_model
 from welore.shapes import SHAPES, factor, on_meta, stand_in
+from welore.sparse import KeptZeros
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -280,6 +282,31 @@ def test_the_plan_of_a_stand_in_is_printed_and_refused_where_ranks_are_known(mon
     for known in ("--measure", "--ranks=ranks.json"):
         status, text = printed(monkeypatch, capsys, *size, "--plan", "paper", known)
         assert status == 2 and "--plan paper is a stand-in" in text
+
+
+@pytest.mark.parametrize("mode", ["welore", "lora"])
+@pytest.mark.parametrize("where", ["nlrc", "all"])
+def test_masks_of_a_pruned_model_are_those_that_keep_its_zeros(where, mode, compressed, configured):
+    config = configured("prune=magnitude", f"prune.where={where}", f"mode={mode}")
+    prune_model(config.prune, components(compressed), None)
+    zeros = KeptZeros([linear.weight for linear in config.prune.matrices(components(compressed)).values()])
+    masks = mask_bytes(config.prune, components(compressed))
+    assert masks == sum(gone.nbytes for _, gone in zeros.gone)
+    parameters = select(compressed, config.mode)
+    plain, pruned = (predict(compressed, config.mode, parameters, Step(2, 40, None), held) for held in (0, masks))
+    assert pruned.peak == plain.peak + masks
+    gib = plain.peak / GIB
+    assert largest_batch(compressed, config.mode, parameters, Step(1, 40, None), gib) == 2
+    assert largest_batch(compressed, config.mode, parameters, Step(1, 40, None), gib, masks) < 2
+
+
+def test_pruning_counts_in_what_is_printed_and_is_not_measured(monkeypatch, capsys):
+    size = ("model=llama2_7b", "err=0.5", "mode=welore", "--gib")
+    status, text = printed(monkeypatch, capsys, "prune=magnitude", *size)
+    assert status == 0 and "masks of pruned weights             1.319" in text  # 1,416.6M values of the N-LRCs
+    assert "masks of pruned weights             0.000" in printed(monkeypatch, capsys, *size)[1]
+    status, text = printed(monkeypatch, capsys, "prune=magnitude", *size, "--measure")
+    assert status == 2 and "prune=magnitude is not measured here" in text
 
 
 def test_a_model_of_another_shape_is_refused(family, configured):

@@ -71,8 +71,13 @@ class Footprint:
         return sum(self.held.values()) + max(self.moments.values())
 
 
-def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step) -> Footprint:
-    """The footprint of a step of a mode, once it has selected its parameters (`welore.modes.select`) on the model."""
+def predict(
+    model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step, masks: int = 0
+) -> Footprint:
+    """The footprint of a step of a mode, once it has selected its parameters (`welore.modes.select`) on the model.
+
+    `masks` are the bytes that say where a pruned model is zero (`welore.prune.mask_bytes`).
+    """
     _check_kind(model, "saved tensors", "one step instead: fit/peak_gib of a run")
     if not mode.foreseen:
         raise Refused(f"what mode={mode.name} saves and keeps is not known here. Measure it: fit/peak_gib of a run.")
@@ -90,6 +95,7 @@ def predict(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], 
     return Footprint(
         held={
             "weights": count_bytes(model),
+            "masks of pruned weights": masks,
             "casts of frozen weights": sum(size for size, trains in casts.values() if not trains),
             "float32 masters": sum(FLOAT32 * p.numel() for p in parameters if p.dtype != torch.float32),
             "optimizer states": mode.kept_bytes(parameters),
@@ -139,12 +145,14 @@ def _check_kind(model: PreTrainedModel, what: str, instead: str) -> None:
         )
 
 
-def largest_batch(model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step, gib: float) -> int:
+def largest_batch(
+    model: PreTrainedModel, mode: Mode, parameters: list[nn.Parameter], step: Step, gib: float, masks: int = 0
+) -> int:
     """The most sequences whose step fits, by bisection, since a footprint rises with the batch; 0 if none."""
 
     def fits(batch: int) -> bool:
         tried = Step(batch, step.length, step.autocast, step.recompute)
-        return predict(model, mode, parameters, tried).peak <= gib * GIB
+        return predict(model, mode, parameters, tried, masks).peak <= gib * GIB
 
     low, high = 0, 1
     while fits(high) and high < 2**20:

@@ -198,6 +198,11 @@ def _with_inputs(
     yield f"{name}.A", module.A, None if inputs_NN is None else B_RN @ inputs_NN.double() @ B_RN.T
 
 
+def mask_bytes(prune: Prune, modules: Modules) -> int:
+    """What is held while a pruned model trains, so that its zeros stay (welore/sparse.py: KeptZeros)."""
+    return sum(linear.weight.numel() for linear in prune.matrices(modules).values()) * torch.bool.itemsize
+
+
 def count_zeros(prune: Prune, modules: Modules) -> dict[str, Any]:
     """`zeros` among the `parameters` values of the matrices that are pruned, and shares of zeros.
 
