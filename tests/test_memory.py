@@ -11,6 +11,7 @@ from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from welore.bench import stand_in_model
 from welore.config import fingerprint
 from welore.errors import Refused
 from welore.evaluate import autocast, causal_loss, frozen_weights_in
@@ -265,6 +266,18 @@ def test_the_peak_of_reading_a_prompt_is_what_was_measured_on_a_gpu():
             found = predict_prefill(model, row["batch"], row["prompt"])
             assert found.weights / GIB == row["weights GiB"]
             assert 0.983 < found.peak / GIB / row["peak GiB"] < 0.998
+
+
+def test_the_peak_of_a_step_is_what_was_measured_on_a_gpu(configured):
+    """LLaMA-2-7B's shapes on an H200, in GiB allocated, with and without recomputation."""
+    rows = json.loads((ROOT / "benchmarks" / "equal_memory-h200-7b-48.json").read_text())["rows"]
+    for row in [row for row in rows if "measured GiB" in row]:
+        config = configured("model=llama2_7b", "err=0.5", f"mode={row['mode']}")
+        model = stand_in_model(config, torch.device("meta"), 8)
+        parameters = select(model, config.mode)
+        step = Step(row["batch"], 1024, config.model.autocast, row["recompute"])
+        found = predict(model, config.mode, parameters, step).peak / GIB
+        assert found == pytest.approx(row["measured GiB"], rel=0.005)
 
 
 def printed(monkeypatch, capsys, *arguments):
