@@ -24,6 +24,11 @@ def sentence(answer):
     return " ".join(said.split())
 
 
+def prose(guide):
+    """The words of a guide, without the marks of its quotes."""
+    return " ".join(word for word in (ROOT / "docs" / guide).read_text().split() if word != ">")
+
+
 @pytest.fixture(scope="module")
 def outputs(default_model, tmp_path_factory):
     """An empty folder for runs, with the weights and the spectra of the default model, which take long to make."""
@@ -65,3 +70,19 @@ def test_the_compressed_default_model_answers_the_first_test_questions(name, out
             assert sentence(answers[0]) in guide
         right = sum(answer["verdict"] == "right" for answer in answers)
         assert (record.metrics[f"{stage}/correct"], record.metrics[f"{stage}/accuracy"]) == (right, right / LIMIT)
+
+
+@pytest.mark.real
+def test_the_compressed_default_model_talks_as_the_guide_says(outputs, data):
+    torch.set_num_threads(1)
+    how = ["task=mt_bench", f"task.path={data / 'tasks' / 'mt_bench'}", "task.limit=1", "task.new_tokens=24"]
+    options = [*how, "err=0.25", "mode=none", f"outputs={outputs}", "trainer=cpu", "logger=none", "save=false"]
+    record = run(to_config(compose([*options, "trainer.progress=false"])), outputs / "mt_bench")
+    assert (record.metrics["eval/examples"], record.metrics["dense/empty"]) == (1, 0)
+    guide = prose("judged_tasks.md")
+    for stage, quoted in {"dense": 2, "compressed": 1}.items():
+        (answer,) = map(json.loads, (outputs / "mt_bench" / f"answers-{stage}.jsonl").read_text().split("\n")[:-1])
+        assert len(answer["prompts"]) == len(answer["written"]) == 2
+        assert " ".join(answer["prompts"][0].split()) in guide and answer["written"][0] in answer["prompts"][1]
+        if record.environment["device"].startswith("AMD EPYC"):  # others may write otherwise in bfloat16
+            assert all(" ".join(written.split()) in guide for written in answer["written"][:quoted])
