@@ -11,8 +11,6 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -22,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from welore.bench import Steps, compressed, flops_limit, write
+from welore.bench import Steps, apart, at_least, compressed, exit_status, flops_limit, refuse_calibration, write
 from welore.cache import Cache
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import Config, compose, to_config
+from welore.errors import Refused
 from welore.loss import linear_cross_entropy
 from welore.measure import GIB, peak_memory, seconds
 from welore.models import components
@@ -127,10 +126,8 @@ def loss_memory(vocabulary: int, tokens: int = 1024, hidden: int = 576) -> dict[
 
 def alone(arguments: argparse.Namespace, what: str) -> dict:
     """One measurement in a process of its own, so that nothing else is in its memory."""
-    command = [sys.executable, __file__, "--only", what, f"--batch={arguments.batch}", f"--length={arguments.length}"]
-    command += [f"--model={arguments.model}", *arguments.overrides]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(output.stdout.splitlines()[-1])
+    command = [__file__, "--only", what, f"--batch={arguments.batch}", f"--length={arguments.length}"]
+    return apart([*command, f"--model={arguments.model}", *arguments.overrides])
 
 
 def measure(arguments: argparse.Namespace, config: Config, device: torch.device) -> dict[str, dict]:
@@ -160,7 +157,7 @@ def measure(arguments: argparse.Namespace, config: Config, device: torch.device)
 def only(arguments: argparse.Namespace, config: Config, device: torch.device) -> dict:
     modes = {name: to_config(compose([f"mode={name}"])).mode for name in ("welore", "full")}
     if not re.fullmatch(r"spectra|together|welore|full|loss-\d+", arguments.only):
-        sys.exit(f"--only {arguments.only} is unknown. Write spectra, together, welore, full or loss-VOCABULARY.")
+        raise Refused(f"--only {arguments.only} is unknown. Write spectra, together, welore, full or loss-VOCABULARY.")
     if arguments.only == "spectra":
         return spectra_against_svd(device)
     if arguments.only.startswith("loss-"):
@@ -172,15 +169,14 @@ def only(arguments: argparse.Namespace, config: Config, device: torch.device) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--batch", type=at_least(1), default=4, help="sequences of a step")
+    parser.add_argument("--length", type=at_least(2), default=256, help="tokens of a sequence")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"), help="where the figures go")
     parser.add_argument("--only", metavar="WHAT", help="print one measurement as JSON")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5")
     arguments = parser.parse_args()
     config = to_config(compose([f"model={arguments.model}", *arguments.overrides]))
-    if config.needs:
-        sys.exit("what calibration takes is in the record of every run; here give options that need none: svd=plain")
+    refuse_calibration(config)
     device = config.trainer.place()
     if arguments.only:
         print(json.dumps(only(arguments, config, device)))
@@ -194,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

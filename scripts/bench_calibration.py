@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from welore.bench import at_least, exit_status
 from welore.cache import Cache
 from welore.calibrate import gather
 from welore.compress import Coordinates, weight_digests
@@ -121,8 +122,8 @@ def measure(config: Config, device: torch.device, layers: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", choices=SHAPES, default="1b")
-    parser.add_argument("--tokens", type=int, default=2048, help="of calibration")
-    parser.add_argument("--layers", type=int, default=1, help="decoder layers whose weights are decomposed")
+    parser.add_argument("--tokens", type=at_least(1), default=2048, help="of calibration")
+    parser.add_argument("--layers", type=at_least(1), default=1, help="decoder layers whose weights are decomposed")
     parser.add_argument(
         "--out", type=Path, default=Path("outputs/bench_calibration.json"), help="where the figures go"
     )
@@ -137,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

@@ -18,21 +18,21 @@ With --parts a profile says how much of a prefill is products with weights, how 
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from welore.bench import compressed, stand_in_model, write
+from welore.bench import apart, at_least, compressed, exit_status, refuse_calibration, stand_in_model, write
 from welore.cache import Cache
 from welore.checkpoint import describe
 from welore.config import Config, compose, to_config
+from welore.errors import Refused
 from welore.fuse import fuse
 from welore.inference import (
     Speed,
@@ -48,6 +48,7 @@ from welore.inference import (
 )
 from welore.measure import GIB, give_back, peak_memory
 from welore.models import DTYPES, count_bytes
+from welore.ranks import Given
 
 DENSE, SMALL = "dense", "compressed"
 
@@ -220,48 +221,45 @@ def by_length(arguments: argparse.Namespace, config: Config, device: torch.devic
         describe(model, Path(folder))
         model.save_pretrained(folder)
         del model
-        commands = [
-            [sys.executable, __file__, "--only", folder, str(length), *sys.argv[1:]]
-            for length in sorted(arguments.prompt)
-        ]
-        outputs = [subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True) for command in commands]
-    return [json.loads(output.stdout.splitlines()[-1]) for output in outputs]
+        alone = ["--only", folder]
+        return [apart([__file__, *alone, str(length), *sys.argv[1:]]) for length in sorted(arguments.prompt)]
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
     parser.add_argument("--err", type=float, nargs="+", default=[0.3, 0.5], help="shares of ranks removed")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4], help="sequences at once")
-    parser.add_argument("--prompt", type=int, nargs="+", default=[512], help="tokens of the prompt")
-    parser.add_argument("--decode", type=int, default=32, help="tokens written after it, 4 or more")
+    parser.add_argument("--batch", type=at_least(1), nargs="+", default=[1, 4], help="sequences at once")
+    parser.add_argument("--prompt", type=at_least(1), nargs="+", default=[512], help="tokens of the prompt")
+    parser.add_argument(
+        "--decode", type=at_least(4), default=32, help="tokens written after it, of which three warm up"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and products; by default that of the model")
     parser.add_argument(
-        "--multiple", type=int, nargs="+", default=[1], help="what ranks of fused models are padded to"
+        "--multiple", type=at_least(1), nargs="+", default=[1], help="what ranks of fused models are padded to"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="of each model on each shape, in turns; 0: no speed")
+    parser.add_argument(
+        "--rounds", type=at_least(0), default=3, help="of each model on each shape, in turns; 0: no speed"
+    )
     parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
     parser.add_argument("--compile", action="store_true", help="measure behind torch.compile too")
     parser.add_argument("--parts", action="store_true", help="say what a prefill spends its time on")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_inference.json"), help="where the figures go")
     parser.add_argument("--only", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as svd=plain (after a --)")
-    arguments = parser.parse_args()
-    if arguments.decode < 4 or arguments.rounds < 0 or min(*arguments.batch, *arguments.prompt, 1) < 1:
-        sys.exit("write --decode 4 or more (three steps warm up), --batch and --prompt 1 or more, --rounds 0 or more")
-    return arguments
+    return parser.parse_args()
 
 
 def main() -> None:
     arguments = parsed()
     composed = to_config(compose([f"model={arguments.model}", *arguments.overrides]))
-    if composed.needs:
-        sys.exit("decomposing here takes no calibration: give options that need none, such as svd=plain")
+    refuse_calibration(composed)
+    if isinstance(composed.ranks, Given):
+        raise Refused("ranks=given takes ranks from a file, and --err asks for shares of them. Write ranks=welore.")
     arguments.dtype = arguments.dtype or composed.model.dtype
     configs = {DENSE: composed}
     for err in arguments.err:
-        configs[f"err {err:g}"] = config = deepcopy(composed)
-        config.err, config.keep, config.bytes, config.flops = err, None, None, None
+        configs[f"err {err:g}"] = replace(composed, err=err, keep=None, bytes=None, flops=None)
     device = composed.trainer.place()
     if arguments.only:
         print(json.dumps(memory(arguments, device)))
@@ -286,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

@@ -11,7 +11,6 @@ model's shapes, a stand-in for ranks, and random tokens.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 import warnings
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from welore import metrics
 from welore.batches import Batches, Rows, training_rows
-from welore.bench import compressed, stand_in_model, write
+from welore.bench import at_least, exit_status, subject, write
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.evaluate import frozen_weights_in
@@ -117,16 +116,16 @@ def theirs(model: PreTrainedModel, config: Config, rows: Rows) -> Turn:
     return clock.seconds, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def real_start(config: Config, device: torch.device) -> tuple[PreTrainedModel, Rows]:
+def real_start(config: Config, device: torch.device, arguments: argparse.Namespace) -> tuple[PreTrainedModel, Rows]:
     cache = Cache(Path(config.outputs) / ".cache")
-    model, _ = compressed(config, device, cache)
+    model = subject(config, device, random=False, multiple=arguments.multiple)
     _, tokenizer = config.model.load(cache.folder)
     return model, training_rows(config.task, tokenizer, cache, config.seed)
 
 
 def random_start(config: Config, device: torch.device, arguments: argparse.Namespace) -> tuple[PreTrainedModel, Rows]:
     torch.manual_seed(config.seed)
-    model = stand_in_model(config, device, arguments.multiple)
+    model = subject(config, device, random=True, multiple=arguments.multiple)
     rows, vocabulary = arguments.steps * arguments.batch, model.get_input_embeddings().weight.shape[0]
     ids_BL = torch.randint(0, vocabulary, (rows, arguments.length), dtype=torch.int32)
     return model, Rows(ids_BL, torch.full((rows,), arguments.length))
@@ -135,24 +134,22 @@ def random_start(config: Config, device: torch.device, arguments: argparse.Names
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
-    parser.add_argument("--steps", type=int, default=6, help="of each turn, more than the two that warm up")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each")
+    parser.add_argument(
+        "--steps", type=at_least(WARM_UP_STEPS + 1), default=6, help="of each turn, of which two warm up"
+    )
+    parser.add_argument("--batch", type=at_least(1), default=4, help="sequences of a step")
+    parser.add_argument("--length", type=at_least(2), default=256, help="tokens of a sequence")
+    parser.add_argument("--rounds", type=at_least(1), default=2, help="turns of each")
     parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
-    parser.add_argument("--multiple", type=int, default=1, help="of which ranks are, with --random")
+    parser.add_argument("--multiple", type=at_least(1), default=1, help="of which ranks are, with --random")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_lora.json"), help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5 mode.rank=16")
     arguments = parser.parse_args()
-    if arguments.steps <= WARM_UP_STEPS:
-        sys.exit(f"--steps {arguments.steps} leaves nothing after the {WARM_UP_STEPS} that warm up")
-    if arguments.multiple > 1 and not arguments.random:
-        sys.exit("--multiple is of a stand-in: write --random too, or ranks.multiple= for ranks of spectra")
     sizes = [f"task.training.{key}={getattr(arguments, key)}" for key in ("steps", "batch", "length")]
     fixed = ["mode=lora", "task.training.tokens=null", "task.training.accumulate=1", "trainer.progress=false"]
     config = to_config(compose([f"model={arguments.model}", *sizes, *fixed, *arguments.overrides]))
     device = config.trainer.place()
-    start, rows = random_start(config, device, arguments) if arguments.random else real_start(config, device)
+    start, rows = (random_start if arguments.random else real_start)(config, device, arguments)
     taken: dict[str, list[Turn]] = {"ours": [], "transformers and peft": []}
     warnings.simplefilter("ignore")  # hints about workers and names that do not concern these runs
     for _ in range(arguments.rounds):
@@ -174,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

@@ -26,12 +26,11 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from welore.bench import as_a_run, write
+from welore.bench import as_a_run, at_least, exit_status, write
 from welore.cache import Cache
 from welore.config import compose, to_config
 from welore.errors import Refused
 from welore.examine import Exam, Item
-from welore.explain import explain
 
 ONE, MANY, WHOLE = "one by one", "in batches", "in whole batches"
 VERDICTS = {"written": "verdict", "likelihood": "option"}  # where an answer has its verdict, by scoring
@@ -131,15 +130,15 @@ def show(found: dict) -> None:
 
 
 def count(text: str) -> int:
-    return 0 if text == "all" else int(text)
+    return 0 if text == "all" else at_least(0)(text)
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="boolq", help="a benchmark whose questions have options")
     parser.add_argument("--questions", type=count, default=96, help="asked in each way in a round; 0 or all: all")
-    parser.add_argument("--batch", type=int, default=32, help="questions of a pass")
-    parser.add_argument("--rounds", type=int, default=2, help="of each way, in turns")
+    parser.add_argument("--batch", type=at_least(1), default=32, help="questions of a pass")
+    parser.add_argument("--rounds", type=at_least(1), default=2, help="of each way, in turns")
     parser.add_argument("--whole", action="store_true", help="ask once more in batches of any number of tokens")
     parser.add_argument("--skip", action="append", default=[], choices=WAYS, help="a way that is not asked")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_questions.json"), help="where the figures go")
@@ -148,8 +147,6 @@ def parsed() -> argparse.Namespace:
 
 
 def race(arguments: argparse.Namespace) -> None:
-    if arguments.questions < 0 or min(arguments.batch, arguments.rounds) < 1:
-        raise Refused("write --questions 0 (all) or more, --batch and --rounds 1 or more")
     config = to_config(compose([f"task={arguments.task}", *arguments.overrides]))
     device, dtype = config.trainer.place(), config.model.autocast
     cache = Cache(Path(config.outputs) / ".cache")  # of all runs: nothing here measures the decomposition
@@ -181,13 +178,9 @@ def race(arguments: argparse.Namespace) -> None:
     print(f"written to {arguments.out}")
 
 
-def main() -> int:
-    try:
-        race(parsed())
-    except Exception as error:
-        return explain(error)
-    return 0
+def main() -> None:
+    race(parsed())
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_status(main))

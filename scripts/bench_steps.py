@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from welore.bench import IMPLEMENTATIONS, Steps, flops_limit, subject, write
+from welore.bench import IMPLEMENTATIONS, Steps, at_least, exit_status, flops_limit, subject, write
 from welore.config import compose, to_config
+from welore.errors import Refused
 from welore.measure import GIB, give_back, peak_memory
 from welore.memory import Step, predict
 from welore.models import count_parameters
@@ -32,17 +33,17 @@ Parts = dict[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 2048], help="of a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence, at most")
-    parser.add_argument("--rounds", type=int, default=3, help="of two steps of each mode")
+    parser.add_argument("--tokens", type=at_least(2), nargs="+", default=[64, 256, 1024, 2048], help="of a step")
+    parser.add_argument("--length", type=at_least(2), default=256, help="tokens of a sequence, at most")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="of two steps of each mode")
     parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
-    parser.add_argument("--multiple", type=int, default=1, help="of which ranks are, with --random")
+    parser.add_argument("--multiple", type=at_least(1), default=1, help="of which ranks are, with --random")
     parser.add_argument("--plan", choices=PLANS, default=EVEN, help=f"of the ranks, with --random: {PLANS_HELP}")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_steps.json"), help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5")
     arguments = parser.parse_args()
-    if arguments.plan != EVEN and not arguments.random:
-        parser.error(f"--plan {arguments.plan} is of a stand-in: write --random too")
+    for tokens in arguments.tokens:
+        check_whole(tokens, arguments.length)
     config = to_config(compose([f"model={arguments.model}", *arguments.overrides]))
     device = config.trainer.place()
     model = subject(config, device, arguments.random, arguments.multiple, arguments.plan).train()
@@ -57,6 +58,16 @@ def main() -> None:
         how |= {"model": config.model.name, "asked": config.asked, "parameters": count_parameters(model)}
         write(arguments.out, {"rows": rows} | how, device)
     print(f"written to {arguments.out}")
+
+
+def check_whole(tokens: int, length: int) -> None:
+    """Refuse a step of which a part of a sequence would be left over, and not be measured."""
+    if tokens > length and tokens % length:
+        below = tokens // length * length
+        raise Refused(
+            f"--tokens {tokens} is no number of whole sequences of --length {length}. Write {below} or "
+            f"{below + length}, or another length."
+        )
 
 
 def measure(model: nn.Module, modes: dict[str, Mode], step: Step, rounds: int) -> dict:
@@ -136,4 +147,4 @@ def lines(row: dict) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

@@ -14,7 +14,6 @@ in the model's shapes.
 
 import argparse
 import json
-import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -25,10 +24,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from welore.bench import measured, stand_in_model, subject, write
+from welore.bench import (
+    apart,
+    at_least,
+    exit_status,
+    in_gib,
+    measured,
+    refuse_stand_in,
+    stand_in_model,
+    subject,
+    write,
+)
 from welore.config import Config, compose, to_config
 from welore.measure import GIB, give_back
-from welore.memory import Step, largest_batch
+from welore.memory import Step, largest_batch, refuse_unforeseen
 from welore.modes import select
 from welore.shapes import EVEN, PLANS, PLANS_HELP
 
@@ -38,14 +47,18 @@ def without_storage(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {id(p): nn.Parameter(p.detach().to("meta")) for p in model.parameters()})
 
 
+def configured(arguments: argparse.Namespace, mode: str) -> Config:
+    return to_config(compose([*arguments.overrides, f"mode={mode}"]))
+
+
 def one(arguments: argparse.Namespace, mode: str, gib: float, recompute: bool) -> dict:
     """One mode in one budget: its largest batch, and two steps of it, of which the second counts."""
-    config = to_config(compose([*arguments.overrides, f"mode={mode}"]))
+    config = configured(arguments, mode)
     device = config.trainer.place()
     if arguments.random:
         model, bare = None, stand_in_model(config, torch.device("meta"), arguments.multiple, arguments.plan)
     else:
-        model = subject(config, device, False)
+        model = subject(config, device, False, arguments.multiple, arguments.plan)
         bare = without_storage(model)
     step = Step(1, arguments.length, config.model.autocast, recompute)
     largest = largest_batch(bare, config.mode, select(bare, config.mode), step, gib)
@@ -79,9 +92,7 @@ def tried(
 
 def alone(mode: str, gib: float, recompute: bool) -> dict:
     """`one` in a process of its own."""
-    command = [sys.executable, __file__, f"--only={mode},{gib},{recompute}", *sys.argv[1:]]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(output.stdout.splitlines()[-1])
+    return apart([__file__, f"--only={mode},{gib},{recompute}", *sys.argv[1:]])
 
 
 def best_of(pair: list[dict], most: int) -> dict | None:
@@ -94,27 +105,31 @@ def best_of(pair: list[dict], most: int) -> dict | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gib", type=float, nargs="+", default=[2, 3], help="budgets")
+    parser.add_argument("--gib", type=in_gib, nargs="+", default=[2, 3], help="budgets")
     parser.add_argument(
         "--modes", nargs="+", default=["welore", "full", "lora", "galore"], help="options of conf/mode"
     )
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--most", type=int, default=0, help="sequences that are measured at most; 0: as many as fit")
+    parser.add_argument("--length", type=at_least(2), default=256, help="tokens of a sequence")
+    parser.add_argument(
+        "--most", type=at_least(0), default=0, help="sequences that are measured at most; 0: as many as fit"
+    )
     parser.add_argument("--predict", action="store_true", help="find the batches and measure nothing")
     parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
-    parser.add_argument("--multiple", type=int, default=1, help="of which ranks are, with --random")
+    parser.add_argument("--multiple", type=at_least(1), default=1, help="of which ranks are, with --random")
     parser.add_argument("--plan", choices=PLANS, default=EVEN, help=f"of the ranks, with --random: {PLANS_HELP}")
     parser.add_argument("--out", type=Path, default=Path("outputs/equal_memory.json"), help="where the figures go")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5 (after a --)")
     arguments = parser.parse_args()
-    if arguments.plan != EVEN and not arguments.random:
-        parser.error(f"--plan {arguments.plan} is of a stand-in: write --random too")
+    if not arguments.random:
+        refuse_stand_in(arguments.multiple, arguments.plan)
     if arguments.only:
         mode, gib, recompute = arguments.only.split(",")
         print(json.dumps(one(arguments, mode, float(gib), recompute == "True")))
         return
-    device = to_config(compose(arguments.overrides)).trainer.place()
+    for mode in arguments.modes:
+        refuse_unforeseen(configured(arguments, mode).mode)
+    device = configured(arguments, arguments.modes[0]).trainer.place()
     run = partial(one, arguments) if device.type == "cuda" else alone
     rows = []
     for gib in arguments.gib:
@@ -143,4 +158,4 @@ def line(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

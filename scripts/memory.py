@@ -20,13 +20,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from welore.bench import compressed, measured, write
+from welore.bench import at_least, compressed, exit_status, in_gib, measured, write
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.errors import Refused
-from welore.explain import explain
 from welore.measure import GIB
-from welore.memory import Footprint, Step, largest_batch, predict, predict_prefill
+from welore.memory import Footprint, Step, largest_batch, predict, predict_prefill, refuse_unforeseen
 from welore.models import components, count_parameters
 from welore.modes import select
 from welore.prune import mask_bytes
@@ -46,25 +45,21 @@ def table(footprint: Footprint) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=1, help="sequences of a pass")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--gib", type=float, nargs="*", default=[24, 48, 80], help="memories to fill with sequences")
+    parser.add_argument("--batch", type=at_least(1), default=1, help="sequences of a pass")
+    parser.add_argument("--length", type=at_least(2), default=1024, help="tokens of a sequence")
+    parser.add_argument("--gib", type=in_gib, nargs="*", default=[24, 48, 80], help="memories to fill with sequences")
     parser.add_argument("--recompute", action="store_true", help="run every layer again for its gradient")
     parser.add_argument("--ranks", type=Path, help="ranks.json of a run with this model")
     parser.add_argument("--plan", choices=PLANS, help=f"a stand-in for ranks: {PLANS_HELP}")
     parser.add_argument("--inference", action="store_true", help="of reading prompts and writing after them")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="of the prompts of --inference"
+        "--lengths", type=at_least(1), nargs="+", default=[512, 1024, 2048, 4096], help="of the prompts of --inference"
     )
     parser.add_argument("--measure", action="store_true", help="load the model and measure two steps as well")
     parser.add_argument("--out", type=Path, help="where what --measure finds goes as JSON")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py: model=, err=, mode=")
     arguments = parser.parse_intermixed_args()
-    try:
-        (show_inference if arguments.inference else show)(arguments)
-    except Exception as error:
-        return explain(error)
-    return 0
+    return exit_status(lambda: (show_inference if arguments.inference else show)(arguments))
 
 
 def measure(config: Config, step: Step) -> dict:
@@ -88,10 +83,7 @@ def show(arguments: argparse.Namespace) -> None:
         raise Refused(f"--plan {arguments.plan} is a stand-in, and --measure loads the model. Write one of them.")
     if config.prune.prunes and arguments.measure:
         raise Refused(f"prune={config.prune.name} is not measured here. Leave out --measure to count it, or prune=.")
-    if arguments.batch < 1 or arguments.length < 2:
-        raise Refused(f"--batch {arguments.batch} --length {arguments.length} is no step. Write 1 and 2 or more.")
-    if not config.mode.trains:
-        raise Refused("mode=none trains nothing. Write mode=welore, nlrc, full, lora or galore.")
+    refuse_unforeseen(config.mode)
     step = Step(arguments.batch, arguments.length, config.model.autocast, arguments.recompute)
     if arguments.measure:
         found = measure(config, step)
@@ -137,8 +129,6 @@ def show_inference(arguments: argparse.Namespace) -> None:
     config = to_config(compose(arguments.overrides))
     if arguments.measure:
         raise Refused("scripts/bench_inference.py --rounds 0 measures inference. Write --inference alone.")
-    if arguments.batch < 1 or min(arguments.lengths) < 1:
-        raise Refused(f"--batch {arguments.batch} --lengths {arguments.lengths}: write 1 or more.")
     small, origin = shaped(config, arguments.ranks, arguments.plan)
     models = {"dense": on_meta(sizes_of(config.model), config.model.dtype), "compressed": small}
     counts = ", ".join(f"{name} {count_parameters(model) / 1e6:,.1f}M" for name, model in models.items())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
-from welore.bench import Steps, subject, write
+from welore.bench import Steps, at_least, exit_status, subject, write
 from welore.config import CONF, Config, compose, to_config
 
 ELSEWHERE = {"none", "chosen", "welore_8bit", "full_8bit"}  # train nothing, or count as another mode does
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
     parser.add_argument("--modes", nargs="+", default=every_mode(), help="options of conf/mode")
-    parser.add_argument("--length", type=int, default=128, help="tokens of the one sequence")
+    parser.add_argument("--length", type=at_least(2), default=128, help="tokens of the one sequence")
     parser.add_argument("--out", type=Path, default=Path("outputs/step_flops.json"), help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.3")
     arguments = parser.parse_intermixed_args()
@@ -52,4 +52,4 @@ def counted(model: nn.Module, name: str, config: Config, length: int) -> dict[st
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(exit_status(main))

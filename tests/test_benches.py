@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,16 +12,48 @@ import pytest
 import torch
 from conftest import ROOT
 
+from welore.bench import apart
+from welore.errors import Lost
 from welore.examine import Item
 from welore.shapes import PLANS
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import bench_steps
 import equal_memory
 from bench_questions import MANY, ONE, WHOLE, agreement, sample
 
 TINY = ("model=tiny", "trainer=cpu")
+UNKNOWN = "there is no option nonsense"
+REFUSED = [
+    *[(f"{script} nonsense=1", UNKNOWN) for script in ("bench", "bench_inference", "bench_lora", "bench_questions")],
+    *[(f"{script} nonsense=1", UNKNOWN) for script in ("bench_steps", "equal_memory", "memory", "step_flops")],
+    ("bench --only=speed model=tiny", "--only speed is unknown"),
+    ("bench --batch=0", "argument --batch: 0 is too small. Write 1 or more"),
+    ("bench --length=x", "argument --length: invalid whole_number value: 'x'"),
+    ("bench_calibration --shapes=tiny --tokens=64", "calibration.tokens=64"),
+    ("bench_calibration --layers=0", "argument --layers: 0 is too small"),
+    ("bench_inference --decode=3", "argument --decode: 3 is too small. Write 4 or more"),
+    ("bench_inference --err 1.5 -- model=tiny", "err=1.5 is not a fraction"),
+    ("bench_inference -- model=tiny svd=whitened", "svd=whitened ranks=welore refine=none prune=none needs calib"),
+    ("bench_inference -- model=tiny ranks=given ranks.path=ranks.json", "--err asks for shares of them"),
+    ("bench_lora --steps=2", "argument --steps: 2 is too small. Write 3 or more"),
+    ("bench_lora --model=tiny --multiple=8 trainer=cpu", "--multiple 8 is of a stand-in. Write --random too"),
+    ("bench_questions --questions=-1", "argument --questions: -1 is too small. Write 0 or more"),
+    ("bench_questions --rounds=0", "argument --rounds: 0 is too small"),
+    ("bench_steps --tokens 0", "argument --tokens: 0 is too small. Write 2 or more"),
+    ("bench_steps --tokens 256 300 --length 256", "--tokens 300 is no number of whole sequences of --length 256"),
+    ("bench_steps --model=tiny -- svd=whitened trainer=cpu", "needs calibration"),
+    ("equal_memory --gib 0", "argument --gib: 0 GiB is no memory. Write a number above 0"),
+    ("equal_memory --multiple=0", "argument --multiple: 0 is too small"),
+    ("equal_memory --multiple=8", "--multiple 8 is of a stand-in. Write --random too"),
+    *[
+        (f"{s} --plan=paper", "--plan paper is of a stand-in. Write --random too")
+        for s in ("bench_steps", "equal_memory")
+    ],
+    ("memory --batch=0", "argument --batch: 0 is too small"),
+    ("memory --length=1", "argument --length: 1 is too small. Write 2 or more"),
+    ("step_flops --length=1", "argument --length: 1 is too small. Write 2 or more"),
+]
 
 
 def figures(script, tmp_path, *arguments, overrides=TINY):
@@ -32,6 +65,42 @@ def figures(script, tmp_path, *arguments, overrides=TINY):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())
+
+
+def ended(script, monkeypatch):
+    """The status of a script and its arguments that were run here as from a shell."""
+    script, *arguments = script.split()
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as status:
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    return status.value.code
+
+
+@pytest.mark.parametrize(("script", "said"), REFUSED, ids=[script for script, _ in REFUSED])
+def test_what_a_script_cannot_measure_is_refused_in_a_line(tmp_path, monkeypatch, capsys, script, said):
+    monkeypatch.chdir(tmp_path)
+    assert ended(script, monkeypatch) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert said in line and "error: " in line and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("modes", ["dora", "welore dora"])
+def test_a_mode_whose_memory_nobody_can_tell_is_refused_before_any_is_measured(tmp_path, monkeypatch, capfd, modes):
+    monkeypatch.chdir(tmp_path)
+    sizes = "--random --gib 0.005 --length 32 -- err=0.5"
+    assert ended(f"equal_memory --modes {modes} {sizes} {' '.join(TINY)}", monkeypatch) == 2
+    found = capfd.readouterr()
+    assert found.out == "" and "error: what mode=dora saves and keeps is not known here" in found.err
+    assert "Traceback" not in found.err and not (tmp_path / "outputs" / "equal_memory.json").exists()
+
+
+def test_the_measurement_of_a_process_that_failed_or_was_killed_is_none(capfd):
+    assert apart(["-c", "print('hello'); print('{\"a\": 1}')"]) == {"a": 1}
+    with pytest.raises(SystemExit) as status:
+        apart(["-c", "raise SystemExit(2)"])
+    assert status.value.code == 2
+    with pytest.raises(Lost, match="signal 9 ended -c"):
+        apart(["-c", "import os; os.kill(os.getpid(), 9)"])
 
 
 @pytest.mark.slow
@@ -93,14 +162,6 @@ def test_steps_and_budgets_are_of_the_plan_that_is_asked_for(tmp_path):
         assert steps["plan"] == found["shape"]["plan"] == plan
         limits[plan], fits[plan] = steps["rows"][0]["ratios"]["limit"], found["rows"][0]["largest batch"]
     assert limits["paper"] > limits["even"] and fits["paper"] != fits["even"]
-
-
-@pytest.mark.parametrize("script", [bench_steps, equal_memory])
-def test_a_plan_for_a_model_that_is_loaded_is_refused(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script", "--plan=paper"])
-    with pytest.raises(SystemExit):
-        script.main()
-    assert "--plan paper is of a stand-in: write --random too" in capsys.readouterr().err
 
 
 @pytest.mark.slow

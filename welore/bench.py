@@ -1,9 +1,12 @@
 """What benchmarks measure: a compressed model, steps of a mode on it, and what FLOPs and bytes allow."""
 
+import argparse
 import json
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -20,8 +23,9 @@ from transformers import PreTrainedModel
 from welore.cache import Cache, whole
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import Config, fingerprint
-from welore.errors import Refused
+from welore.errors import Lost, Refused
 from welore.evaluate import autocast, causal_loss, frozen_weights_in
+from welore.explain import explain
 from welore.fit import recomputed
 from welore.inference import head_size
 from welore.lowrank import LowRankLinear
@@ -39,6 +43,56 @@ from welore.shapes import EVEN, drawn, factor, sizes_of, stand_in
 IMPLEMENTATIONS = {"fused": {"foreach": None, "fused": True}, "loop": {"foreach": False, "fused": False}}
 
 
+def exit_status(script: Callable[[], object]) -> int:
+    """0 where it ends; of one that is refused its status, said in one line as `run.py` says it."""
+    try:
+        script()
+    except Exception as error:
+        return explain(error)
+    return 0
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, and not below `least`."""
+
+    def whole_number(text: str) -> int:
+        if (number := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{number} is too small. Write {least} or more.")
+        return number
+
+    return whole_number
+
+
+def in_gib(text: str) -> float:
+    """The type of an argument that is a memory."""
+    if not (number := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} GiB is no memory. Write a number above 0.")
+    return number
+
+
+def apart(command: Sequence[str]) -> dict:
+    """What a script prints as JSON in its last line, run in a process so that nothing else is in its memory.
+
+    Where it fails this process ends too, with its status: it has said why.
+    """
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    if done.returncode < 0:
+        raise Lost(f"signal {-done.returncode} ended {' '.join(command)}, as it does where memory runs out")
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def refuse_calibration(config: Config) -> None:
+    """What compresses here has no texts."""
+    if config.needs:
+        chosen = " ".join(f"{group}={getattr(config, group).name}" for group in ("svd", "ranks", "refine", "prune"))
+        raise Refused(
+            f"{chosen} needs calibration, which is not measured here: the record of every run says what it takes. "
+            f"Write options that need none, such as svd=plain ranks=welore."
+        )
+
+
 def write(out: Path, found: dict, device: torch.device) -> None:
     """Figures as JSON with the device, the versions and the commit."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +105,7 @@ def write(out: Path, found: dict, device: torch.device) -> None:
 
 def compressed(config: Config, device: torch.device, cache: Cache) -> tuple[nn.Module, dict]:
     """The model of a config, compressed, and what that took in time and in memory beside the model."""
+    refuse_calibration(config)
     model, _ = config.model.load(Path(config.outputs) / ".cache")
     model.to(device)
     coordinates = Coordinates(config.svd, weight_digests(model), cache)
@@ -97,12 +152,21 @@ def stand_in_model(config: Config, device: torch.device, multiple: int = 1, plan
     return model
 
 
+def refuse_stand_in(multiple: int, plan: str) -> None:
+    """What a model that is loaded does not follow."""
+    if multiple > 1:
+        raise Refused(f"--multiple {multiple} is of a stand-in. Write --random too, or ranks.multiple={multiple}.")
+    if plan != EVEN:
+        raise Refused(f"--plan {plan} is of a stand-in. Write --random too.")
+
+
 def subject(
     config: Config, device: torch.device, random: bool, multiple: int = 1, plan: str = EVEN
 ) -> PreTrainedModel:
     """The compressed model of a config, or its stand-in; `multiple` and `plan` are of the ranks of a stand-in."""
     if random:
         return stand_in_model(config, device, multiple, plan)
+    refuse_stand_in(multiple, plan)
     # The cache of all runs: the decomposition is not what is measured.
     return compressed(config, device, Cache(Path(config.outputs) / ".cache"))[0]
 

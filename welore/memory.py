@@ -79,8 +79,7 @@ def predict(
     `masks` are the bytes that say where a pruned model is zero (`welore.prune.mask_bytes`).
     """
     _check_kind(model, "saved tensors", "one step instead: fit/peak_gib of a run")
-    if not mode.foreseen:
-        raise Refused(f"what mode={mode.name} saves and keeps is not known here. Measure it: fit/peak_gib of a run.")
+    refuse_unforeseen(mode)
     layers = [_layer(model, block, step, flows) for block, flows in _blocks(model)]
     casts = _casts(model, step)
     saved = Counter()
@@ -135,6 +134,13 @@ def predict_prefill(model: PreTrainedModel, batch: int, length: int) -> Prefill:
     positions = length * (2 * head_size(model.config) * size + torch.int64.itemsize)
     cache = cache_bytes(model.config, batch, length, size)
     return Prefill(count_bytes(model), cache, batch * length * wide * size + positions)
+
+
+def refuse_unforeseen(mode: Mode) -> None:
+    if not mode.trains:
+        raise Refused(f"mode={mode.name} trains nothing. Write mode=welore, nlrc, full, lora or galore.")
+    if not mode.foreseen:
+        raise Refused(f"what mode={mode.name} saves and keeps is not known here. Measure it: fit/peak_gib of a run.")
 
 
 def _check_kind(model: PreTrainedModel, what: str, instead: str) -> None:
