@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from copy import deepcopy
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 
@@ -28,13 +29,22 @@ from welore.batches import Batches, Rows, training_rows
 from welore.bench import at_least, exit_status, subject, write
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
+from welore.errors import Refused
 from welore.evaluate import frozen_weights_in
 from welore.fit import fit
 from welore.measure import WARM_UP_STEPS, Throughput, give_back, synchronize
-from welore.modes import adapted, select
+from welore.modes import Lora, adapted, select
 from welore.module import Tuner
 from welore.records import read_history
 
+# What transformers and peft do here, and mode=lora is to do too.
+BOTH = {
+    "mode.lora_on": "factors",
+    "mode.norms": False,
+    "task.training.accumulate": 1,
+    "task.training.tokens": None,
+    "trainer.recompute": False,
+}
 Turn = tuple[list[float], list[float]]  # seconds and loss of every step
 
 
@@ -131,6 +141,20 @@ def random_start(config: Config, device: torch.device, arguments: argparse.Names
     return model, Rows(ids_BL, torch.full((rows,), arguments.length))
 
 
+def check_alike(config: Config, arguments: argparse.Namespace) -> None:
+    """Refuse overrides that one of the two would not follow, or that the figures would not tell."""
+    if type(config.mode) is not Lora:
+        raise Refused(f"mode={config.mode.name} is not what stands beside it, which is peft's LoRA. Write mode=lora.")
+    sizes = {f"task.training.{key}": getattr(arguments, key) for key in ("steps", "batch", "length")}
+    for key, wanted in (BOTH | sizes).items():
+        if (found := attrgetter(key)(config)) != wanted:
+            wanted = "null" if wanted is None else str(wanted).lower()
+            raise Refused(
+                f"{key} is {found}, and what is compared has {wanted}. Leave it out: --steps, --batch and --length "
+                f"say how much each trains, and mode.rank, alpha, dropout and lr how."
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
@@ -148,6 +172,7 @@ def main() -> None:
     sizes = [f"task.training.{key}={getattr(arguments, key)}" for key in ("steps", "batch", "length")]
     fixed = ["mode=lora", "task.training.tokens=null", "task.training.accumulate=1", "trainer.progress=false"]
     config = to_config(compose([f"model={arguments.model}", *sizes, *fixed, *arguments.overrides]))
+    check_alike(config, arguments)
     device = config.trainer.place()
     start, rows = (random_start if arguments.random else real_start)(config, device, arguments)
     taken: dict[str, list[Turn]] = {"ours": [], "transformers and peft": []}

@@ -38,6 +38,15 @@ REFUSED = [
     ("bench_inference -- model=tiny ranks=given ranks.path=ranks.json", "--err asks for shares of them"),
     ("bench_lora --steps=2", "argument --steps: 2 is too small. Write 3 or more"),
     ("bench_lora --model=tiny --multiple=8 trainer=cpu", "--multiple 8 is of a stand-in. Write --random too"),
+    *[
+        (f"bench_lora mode={m}", f"mode={m} is not what stands beside it")
+        for m in ("rslora", "welore", "dora", "none")
+    ],
+    ("bench_lora mode.lora_on=merged", "mode.lora_on is merged, and what is compared has factors. Leave it out"),
+    ("bench_lora mode.norms=true", "mode.norms is True, and what is compared has false"),
+    ("bench_lora task.training.accumulate=2", "task.training.accumulate is 2, and what is compared has 1"),
+    ("bench_lora trainer.recompute=true", "trainer.recompute is True"),
+    ("bench_lora task.training.length=64", "task.training.length is 64, and what is compared has 256"),
     ("bench_questions --questions=-1", "argument --questions: -1 is too small. Write 0 or more"),
     ("bench_questions --rounds=0", "argument --rounds: 0 is too small"),
     ("bench_steps --tokens 0", "argument --tokens: 0 is too small. Write 2 or more"),
