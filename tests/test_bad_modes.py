@@ -20,6 +20,13 @@ CONFIGS = [
     ("mode=rslora mode.rank=0", ["mode.rank=0 adapts nothing"]),
     ("mode=randlora mode.rank=0", ["rank=0", "rank >= 1"]),
     ("mode=randlora mode.dropout=1", ["dropout=1.0"]),
+    *[
+        (
+            f"mode={mode} mode.alpha={alpha}",
+            [f"mode.alpha={shown} is no scale", "never train", "Write a number above 0"],
+        )
+        for mode, alpha, shown in (("lora", 0, "0.0"), ("dora", -4, "-4.0"), ("randlora", 0, "0"))
+    ],
     ("mode=osf mode.frozen=1", ["mode.frozen=1.0 is not a share in (0, 1)"]),
     ("mode=osf mode.frozen=0", ["mode.frozen=0.0 is not a share in (0, 1)"]),
     ("mode=lora_xs mode.rank=0", ["mode.rank=0 adapts nothing"]),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from welore.errors import Refused
 from welore.lowrank import LowRankLinear, balanced, replace
 from welore.models import components
-from welore.modes import Adam, Lora, adapted, check_rank, forget_peft
+from welore.modes import Adam, Lora, adapted, check_alpha, check_rank, forget_peft
 
 INITS = ("kaiming", "pissa", "mica")
 
@@ -182,6 +182,7 @@ class RandLora(Inserted):
             raise Refused(
                 f"mode has rank={self.rank}, dropout={self.dropout}. Write a rank >= 1 and a share in [0, 1)."
             )
+        check_alpha(self.alpha, instead=20 * self.rank)
 
     def check(self, model: PreTrainedModel) -> None:
         check_rank(self, model)

@@ -222,6 +222,7 @@ class Lora(Adam):
             raise Refused(f"mode.lora_on={self.lora_on} is unknown. Write factors or merged.")
         if self.rank < 1:
             raise Refused(f"mode.rank={self.rank} adapts nothing. Write 1 or more.")
+        check_alpha(self.alpha, instead=2 * self.rank)
         if not 0 <= self.dropout < 1:
             raise Refused(f"mode.dropout={self.dropout} is not a share in [0, 1). Write 0 for none.")
 
@@ -284,6 +285,15 @@ def adapted(model: PreTrainedModel, lora_on: str) -> list[str]:
         inside = isinstance(module, LowRankLinear) and lora_on == "factors"
         names += [f"{name}.A", f"{name}.B"] if inside else [name]
     return names
+
+
+def check_alpha(alpha: float, instead: int) -> None:
+    """Refuse a scale of adapters at which they have no gradient."""
+    if not alpha > 0:
+        raise Refused(
+            f"mode.alpha={alpha} is no scale of adapters: at 0 they add nothing and never train. Write a number above "
+            f"0, such as {instead}."
+        )
 
 
 def check_rank(mode: Mode, model: PreTrainedModel) -> None:
