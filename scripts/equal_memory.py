@@ -127,8 +127,10 @@ def main() -> None:
         mode, gib, recompute = arguments.only.split(",")
         print(json.dumps(one(arguments, mode, float(gib), recompute == "True")))
         return
-    for mode in arguments.modes:
-        refuse_unforeseen(configured(arguments, mode).mode)
+    for mode in [configured(arguments, name).mode for name in arguments.modes]:
+        refuse_unforeseen(mode)
+        if not arguments.predict:
+            mode.check_machine()
     device = configured(arguments, arguments.modes[0]).trainer.place()
     run = partial(one, arguments) if device.type == "cuda" else alone
     rows = []

@@ -9,6 +9,7 @@ import torch
 from welore.errors import Refused
 from welore.modes import select
 from welore.ranks import Budget
+from welore.runner import run
 
 ADVICE = re.compile(r"\b(write|use|change|run|start)\b", re.IGNORECASE)
 
@@ -107,9 +108,17 @@ def test_a_mode_of_lrcs_is_refused_where_there_are_none(model, compress, configu
 def test_eight_bits_are_refused_without_a_gpu(compressed, configured, mode):
     strategy = configured(f"mode={mode}_8bit").mode
     parameters = select(compressed, strategy)
-    for attempt in (lambda: strategy.optimizer(parameters), lambda: strategy.check(compressed)):
+    for attempt in (lambda: strategy.optimizer(parameters), strategy.check_machine):
         with pytest.raises(Refused, match=f"mode={mode}_8bit.*needs a GPU.*Write mode={mode},"):
             attempt()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_eight_bits_are_refused_before_a_model_is_loaded(configured, monkeypatch, tmp_path):
+    config = configured("mode=full_8bit", f"outputs={tmp_path}")
+    monkeypatch.setattr(type(config.model), "load", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(Refused, match="mode=full_8bit keeps its moments in 8 bits, which needs a GPU"):
+        run(config, tmp_path / "run")
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")

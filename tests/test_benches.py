@@ -103,6 +103,14 @@ def test_a_mode_whose_memory_nobody_can_tell_is_refused_before_any_is_measured(t
     assert "Traceback" not in found.err and not (tmp_path / "outputs" / "equal_memory.json").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_eight_bits_are_measured_nowhere_before_it_is_said_that_they_need_a_gpu(monkeypatch, capfd):
+    overrides = f"--random -- err=0.5 {' '.join(TINY)}"
+    assert ended(f"equal_memory --modes welore full_8bit {overrides}", monkeypatch) == 2
+    found = capfd.readouterr()
+    assert found.out == "" and "mode=full_8bit keeps its moments in 8 bits, which needs a GPU" in found.err
+
+
 def test_the_measurement_of_a_process_that_failed_or_was_killed_is_none(capfd):
     assert apart(["-c", "print('hello'); print('{\"a\": 1}')"]) == {"a": 1}
     with pytest.raises(SystemExit) as status:

@@ -45,6 +45,9 @@ class Mode:
         """Hear which weights are WeLore's LRCs, and at which ranks."""
         self.division = lrc
 
+    def check_machine(self) -> None:
+        """Refuse to train where this machine lacks what that needs: before the model is loaded."""
+
     def check(self, model: PreTrainedModel) -> None:
         """Refuse what no plan could make possible, on the dense model: before hours of compression."""
 

@@ -173,6 +173,7 @@ def _log(found: Mapping[str, Any], loggers: Iterable["Logger"]) -> None:
 
 def _story(config: Config, folder: Path, record: Record) -> None:
     """Steps 3 to 10 of a run; what they measure goes into the record at once."""
+    config.mode.check_machine()
     config.logger.prepare()
     torch.manual_seed(config.seed)
     device, cache = config.trainer.place(), Cache(Path(config.outputs) / ".cache")

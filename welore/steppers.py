@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from welore.apollo import Apollo as ApolloOptimizer
 from welore.apollo import Fira as FiraOptimizer
@@ -91,11 +90,7 @@ class EightBit:
     Masters stay in float32. What is selected, and what it takes, can be told without a GPU.
     """
 
-    def check(self, model: PreTrainedModel) -> None:
-        super().check(model)
-        self._check_library()
-
-    def _check_library(self) -> None:
+    def check_machine(self) -> None:
         if not torch.cuda.is_available():
             raise Refused(
                 f"mode={self.name} keeps its moments in 8 bits, which needs a GPU, and torch sees none here. "
@@ -116,7 +111,7 @@ class EightBit:
         return 2 * (FLOAT32 * sum(whole) + sum(cut) + FLOAT32 * 256 * bool(cut))
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        self._check_library()
+        self.check_machine()
         import bitsandbytes
 
         kind = type("AdamW8bit", (Float32Masters, bitsandbytes.optim.AdamW8bit), {})
