@@ -189,15 +189,19 @@ def train(configured, tokenizer, cache, text_file, tmp_path):
 
 
 @pytest.fixture(params=["its layout", *(["bitsandbytes"] if find_spec("bitsandbytes") else [])])
-def eight_bits(request, monkeypatch):
-    """A function of a mode and parameters to its 8-bit optimizer, as if there were a GPU: of a stand-in for
-    bitsandbytes with the same states, and of the library itself where it is installed."""
+def bitsandbytes(request, monkeypatch):
+    """A stand-in for bitsandbytes with the same states, and the library itself where it is installed."""
     if request.param == "its layout":
         stand_in = ModuleType("bitsandbytes")
         stand_in.__spec__, stand_in.optim = ModuleSpec("bitsandbytes", None), layout
         monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
     else:
         import_module("bitsandbytes")  # which looks for a GPU, and is not to find one
+
+
+@pytest.fixture
+def eight_bits(bitsandbytes, monkeypatch):
+    """A function of a mode and parameters to its 8-bit optimizer, as if there were a GPU."""
 
     def optimizer(mode, parameters):
         with monkeypatch.context() as patched:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from welore import runner
@@ -25,6 +26,7 @@ from welore.module import Tuner
 from welore.parts import CoreLinear, LoraXs
 from welore.records import Record, read_history
 from welore.runner import run
+from welore.steppers import EightBit
 
 SMALL = [
     "model=tiny",
@@ -83,10 +85,10 @@ MODES = {
     "muon": ["mode=muon"],
     "padded token budget": ["task.training.pack=false", "task.training.steps=null", "task.training.tokens=1500"],
 }
-NOT_HERE = {
-    "none": "trains nothing",
-    "welore_8bit": "needs a GPU; its optimizer goes on from a saved state in test_steppers.py",
-    "full_8bit": "likewise",
+# As if there were a GPU, with what stands in for their library.
+EIGHT_BIT = {
+    "welore in 8 bits": ["mode=welore_8bit"],
+    "full in 8 bits with masters": ["mode=full_8bit", "model.dtype=bfloat16"],
 }
 
 
@@ -96,9 +98,9 @@ TABLE = [pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) f
 
 
 def test_the_table_holds_every_mode():
-    held = {override.removeprefix("mode=") for overrides in MODES.values() for override in overrides[:1]}
+    held = {override.removeprefix("mode=") for overrides in (MODES | EIGHT_BIT).values() for override in overrides[:1]}
     every = {file.stem for file in (CONF / "mode").glob("*.yaml")}
-    assert every - held == NOT_HERE.keys()
+    assert every - held == {"none"}  # which trains nothing
 
 
 def stop_in_step_5(outputs: Path, monkeypatch, *overrides: str) -> None:
@@ -119,6 +121,26 @@ def stop_in_step_5(outputs: Path, monkeypatch, *overrides: str) -> None:
 
 @pytest.mark.parametrize("overrides", TABLE)
 def test_a_signalled_run_resumes_to_the_bit_in_every_mode(tmp_path, monkeypatch, overrides):
+    resumes_to_the_bit(tmp_path, monkeypatch, *overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", EIGHT_BIT.values(), ids=EIGHT_BIT)
+def test_a_signalled_run_in_eight_bits_resumes_to_the_bit(tmp_path, monkeypatch, bitsandbytes, overrides):
+    monkeypatch.setattr(EightBit, "check_machine", lambda mode: None)
+    saved, save = [], Whole.save_checkpoint
+
+    def note(whole, checkpoint, path, storage_options=None):
+        (optimizer,) = checkpoint["optimizer_states"]
+        saved.append({getattr(kept, "dtype", None) for kept in tree_leaves(optimizer["state"])})
+        save(whole, checkpoint, path)
+
+    monkeypatch.setattr(Whole, "save_checkpoint", note)
+    resumes_to_the_bit(tmp_path, monkeypatch, *overrides)
+    assert all(torch.uint8 in dtypes for dtypes in saved) and len(saved) == 3  # both ends, and where it was cut
+
+
+def resumes_to_the_bit(tmp_path: Path, monkeypatch, *overrides: str) -> None:
     whole = run(config_of(tmp_path, *overrides), tmp_path / "whole")
     stop_in_step_5(tmp_path, monkeypatch, *overrides)
     resumed = run(config_of(tmp_path, *overrides), tmp_path / "cut")
