@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import ROOT
+from test_modes import OTHERS, TRAINED
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,6 +23,7 @@ from welore.models import components, count_bytes
 from welore.modes import select
 from welore.optim import state_bytes
 from welore.prune import mask_bytes, prune_model
+from welore.records import read_history
 from welore.shapes import SHAPES, factor, on_meta, stand_in
 from welore.sparse import KeptZeros
 
@@ -88,13 +90,24 @@ def test_recomputation_saves_the_inputs_of_layers_alone(compressed, configured):
     assert sum(footprint.saved.values()) < 0.3 * sum(plain.saved.values())
 
 
+DROPPED = {
+    f"{mode} with dropout": (f"mode={mode}", "mode.dropout=0.3") for mode in ("lora", "dora", "mica", "randlora")
+}
+MERGED = {f"{mode} on products": (f"mode={mode}", "mode.lora_on=merged") for mode in ("dora", "mica", "pissa")}
+AGAIN = TRAINED | OTHERS | DROPPED | MERGED
+# Two whole runs each: the default tests take those in which layers differ from one time to the next.
+QUICK = ("lora with dropout", "lisa")
+RUNS = [pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) for k, v in AGAIN.items()]
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize("mode", ["welore", "full", "lora"])
+@pytest.mark.parametrize("mode", AGAIN)
 def test_recomputation_changes_no_loss_and_no_gradient(mode, dtype, compressed, configured):
-    parameters = select(compressed.train(), configured(*MODES[mode]).mode)
+    parameters = select(compressed.train(), configured(*AGAIN[mode]).mode)
     loss = causal_loss(compressed)
     found = []
     for on in (False, True):
+        torch.manual_seed(0)
         with frozen_weights_in(compressed, dtype), recomputed(compressed, on):
             with autocast(CPU, dtype):
                 total, _ = loss(IDS_BL, IDS_BL)
@@ -102,12 +115,18 @@ def test_recomputation_changes_no_loss_and_no_gradient(mode, dtype, compressed, 
     assert all(torch.equal(plain, again) for plain, again in zip(*found, strict=True))
 
 
-def test_a_run_that_recomputes_is_the_same_run(compressed, configured, train):
-    other = deepcopy(compressed)
-    train(compressed, "mode=welore")
-    train(other, "mode=welore", "trainer.recompute=true")
+@pytest.mark.parametrize("mode", RUNS)
+def test_a_run_that_recomputes_is_the_same_run(mode, compressed, train, tmp_path):
+    other, losses = deepcopy(compressed), []
+    for model, recompute in ((compressed, "false"), (other, "true")):
+        train(model, *mode, f"trainer.recompute={recompute}")
+        losses.append([line.get("train/loss") for line in read_history(tmp_path)])
+    assert losses[0] == losses[1] and len(losses[0]) > 2
     assert all(torch.equal(a, b) for a, b in zip(compressed.parameters(), other.parameters(), strict=True))
     assert "forward" not in other.model.layers[0].__dict__
+
+
+def test_recomputation_is_no_part_of_a_fingerprint(configured):
     assert fingerprint(configured("trainer.recompute=true")) == fingerprint(configured())
 
 
