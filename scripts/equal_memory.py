@@ -1,15 +1,16 @@
 """Measure tokens per second at an equal memory budget: each mode at about the largest batch that fits.
 
-usage: python scripts/equal_memory.py [--gib 2 3] [--modes welore full lora galore] [--length 256] [--most 8]
-           [--predict] [--random [--multiple 8] [--plan even|paper]] [--out FILE.json] [overrides]
+usage: python scripts/equal_memory.py [--gib 2 3] [--modes welore full lora galore] [--length 256] [--steps 5]
+           [--most 8] [--predict] [--random [--multiple 8] [--plan even|paper]] [--out FILE.json] [overrides]
        python scripts/equal_memory.py --random --gib 24 48 80 --length 1024 -- model=llama2_7b err=0.5      on a GPU
 
-Every mode runs with and without recomputation; the faster of the two is marked, unless --most cut a batch. On a GPU a
-process gets no more than the budget: it begins with the batch that is predicted to fit, and where that runs out of
-memory with an eighth less, until one fits; larger ones are not tried, and the budget is what torch may take, without
-its context. A CPU enforces nothing, and gets a process for each: read the measured peak, which is that of the process
-without what it holds beside the weights before training. With --random nothing is loaded or decomposed: random weights
-in the model's shapes.
+Every mode runs with and without recomputation, each by the median of --steps steps after one that does not count; the
+faster of the two is marked, unless --most cut a batch. The file is written after each of them. On a GPU a process
+gets no more than the budget: it begins with the batch that is predicted to fit, and where that runs out of memory with
+an eighth less, until one fits; larger ones are not tried, and the budget is what torch may take, without its context.
+A CPU enforces nothing, and gets a process for each: read the measured peak, which is that of the process without what
+it holds beside the weights before training. With --random nothing is loaded or decomposed: random weights in the
+model's shapes.
 """
 
 import argparse
@@ -41,6 +42,8 @@ from welore.memory import Step, largest_batch, refuse_unforeseen
 from welore.modes import select
 from welore.shapes import EVEN, PLANS, PLANS_HELP
 
+SHAPE = ("modes", "length", "steps", "most", "random", "multiple", "plan", "overrides")
+
 
 def without_storage(model: PreTrainedModel) -> PreTrainedModel:
     """The same model on the meta device, tied weights still tied, for a mode to change."""
@@ -52,7 +55,7 @@ def configured(arguments: argparse.Namespace, mode: str) -> Config:
 
 
 def one(arguments: argparse.Namespace, mode: str, gib: float, recompute: bool) -> dict:
-    """One mode in one budget: its largest batch, and two steps of it, of which the second counts."""
+    """One mode in one budget: its largest batch, and what was measured of it."""
     config = configured(arguments, mode)
     device = config.trainer.place()
     if arguments.random:
@@ -85,7 +88,7 @@ def tried(
     try:
         if model is None:
             model = subject(config, device, arguments.random, arguments.multiple, arguments.plan)
-        return measured(model, config, step, steps=1)[1]
+        return measured(model, config, step, arguments.steps)[1]
     except torch.cuda.OutOfMemoryError:
         return None
 
@@ -103,13 +106,14 @@ def best_of(pair: list[dict], most: int) -> dict | None:
     return max(done, key=lambda row: row["tokens_per_second"], default=None)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gib", type=in_gib, nargs="+", default=[2, 3], help="budgets")
     parser.add_argument(
         "--modes", nargs="+", default=["welore", "full", "lora", "galore"], help="options of conf/mode"
     )
     parser.add_argument("--length", type=at_least(2), default=256, help="tokens of a sequence")
+    parser.add_argument("--steps", type=at_least(1), default=5, help="whose median counts, after one more")
     parser.add_argument(
         "--most", type=at_least(0), default=0, help="sequences that are measured at most; 0: as many as fit"
     )
@@ -120,7 +124,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/equal_memory.json"), help="where the figures go")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.5 (after a --)")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
     if not arguments.random:
         refuse_stand_in(arguments.multiple, arguments.plan)
     if arguments.only:
@@ -133,18 +141,17 @@ def main() -> None:
             mode.check_machine()
     device = configured(arguments, arguments.modes[0]).trainer.place()
     run = partial(one, arguments) if device.type == "cuda" else alone
-    rows = []
+    shape = {key: getattr(arguments, key) for key in SHAPE}
+    rows: list[dict] = []
     for gib in arguments.gib:
         for mode in arguments.modes:
-            pair = [{"gib": gib, "mode": mode, "recompute": on} | run(mode, gib, on) for on in (False, True)]
-            best = best_of(pair, arguments.most)
-            for row in pair:
-                row["best"] = row is best
-                print(line(row), flush=True)
-            rows += pair
-            keys = ("modes", "length", "most", "random", "multiple", "plan", "overrides")
-            shape = {key: getattr(arguments, key) for key in keys}
-            write(arguments.out, {"rows": rows, "shape": shape}, device)
+            for on in (False, True):
+                rows.append({"gib": gib, "mode": mode, "recompute": on} | run(mode, gib, on))
+                if on:  # both are there
+                    best = best_of(rows[-2:], arguments.most)
+                    rows[-2:] = [row | {"best": row is best} for row in rows[-2:]]
+                write(arguments.out, {"rows": rows, "shape": shape}, device)
+            print("\n".join(map(line, rows[-2:])), flush=True)
     print(f"written to {arguments.out}")
 
 

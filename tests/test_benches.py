@@ -59,6 +59,7 @@ REFUSED = [
         (f"{s} --plan=paper", "--plan paper is of a stand-in. Write --random too")
         for s in ("bench_steps", "equal_memory")
     ],
+    ("equal_memory --steps=0", "argument --steps: 0 is too small"),
     ("memory --batch=0", "argument --batch: 0 is too small"),
     ("memory --length=1", "argument --length: 1 is too small. Write 2 or more"),
     ("step_flops --length=1", "argument --length: 1 is too small. Write 2 or more"),
@@ -196,6 +197,27 @@ def test_a_batch_cut_short_of_its_budget_is_no_best(tmp_path):
     assert plain["batch"] == again["batch"] == 2 and not plain["best"] and not again["best"]
 
 
+def test_what_was_measured_before_an_interruption_is_kept(monkeypatch, tmp_path):
+    def alone(mode, gib, recompute):
+        if mode == "full" and recompute:
+            raise KeyboardInterrupt
+        return {"largest batch": 2, "batch": 2, "tokens_per_second": 1.0} | {"predicted GiB": 1, "measured GiB": 1}
+
+    out = tmp_path / "found.json"
+    arguments = ["--gib", "1", "--modes", "welore", "full", f"--out={out}", "--", *TINY]
+    monkeypatch.setattr(sys, "argv", ["equal_memory.py", *arguments])
+    monkeypatch.setattr(equal_memory, "alone", alone)
+    with pytest.raises(KeyboardInterrupt):
+        equal_memory.main()
+    found = json.loads(out.read_text())
+    assert [(row["mode"], row.get("best")) for row in found["rows"]] == [
+        ("welore", True),
+        ("welore", False),
+        ("full", None),
+    ]
+    assert found["shape"]["steps"] == 5
+
+
 def test_the_model_of_a_prediction_is_measured_and_another_where_it_ran_out_of_memory(
     compressed, monkeypatch, tmp_path
 ):
@@ -206,7 +228,7 @@ def test_the_model_of_a_prediction_is_measured_and_another_where_it_ran_out_of_m
         return models[-1]
 
     def measured(model, config, step, steps):
-        assert model is models[-1]
+        assert model is models[-1] and steps == 7
         batches.append(step.batch)
         if len(batches) < 3:
             raise torch.cuda.OutOfMemoryError("as on a GPU")
@@ -215,7 +237,7 @@ def test_the_model_of_a_prediction_is_measured_and_another_where_it_ran_out_of_m
     monkeypatch.setattr(equal_memory, "subject", subject)
     monkeypatch.setattr(equal_memory, "measured", measured)
     arguments = Namespace(
-        overrides=list(TINY), random=False, multiple=1, plan="even", length=32, predict=False, most=16
+        overrides=list(TINY), random=False, multiple=1, plan="even", length=32, predict=False, most=16, steps=7
     )
     assert equal_memory.one(arguments, "lora", 1.0, False)["batch"] == 12
     assert batches == [16, 14, 12] and len(models) == 3
