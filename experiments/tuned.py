@@ -58,9 +58,7 @@ def _written(perplexity: float | None) -> str:
 
 
 def _cost(row: Row) -> list[str]:
-    trained, state = row.found(metrics.TRAINABLE_PARAMETERS), row.found(metrics.FIT_STATE_GIB)
-    # The state of a record holds the gradients too, which are float32.
-    optimizer = None if state is None else (state * GIB - 4 * trained) / 1e6
+    trained, optimizer = row.found(metrics.TRAINABLE_PARAMETERS), optimizer_bytes(row)
     flops = row.found(metrics.FLOPS_PER_TOKEN)
     return [
         "—" if trained is None else f"{trained / 1e6:,.2f}M",
@@ -68,9 +66,18 @@ def _cost(row: Row) -> list[str]:
         "—" if flops is None else f"{flops / 1e6:,.0f}",
         number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
         number(taken(row, metrics.TRAIN_PEAK_GIB), 2),
-        number(optimizer, 1),
+        number(None if optimizer is None else optimizer / 1e6, 1),
         _device(row),
     ]
+
+
+def optimizer_bytes(row: Row) -> float | None:
+    """What the optimizer keeps between steps. Records of before it had a key of its own hold it with a float32
+    gradient for every parameter that trains, also where the mode takes turns."""
+    if (found := row.found(metrics.FIT_OPTIMIZER_GIB)) is not None:
+        return found * GIB
+    trained, state = row.found(metrics.TRAINABLE_PARAMETERS), row.found(metrics.FIT_STATE_GIB)
+    return None if state is None else state * GIB - 4 * trained
 
 
 def taken(row: Row, metric: metrics.Metric) -> float | None:

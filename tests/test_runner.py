@@ -11,6 +11,7 @@ from welore import runner, tune
 from welore.config import compose, to_config
 from welore.errors import Refused
 from welore.evaluate import perplexity
+from welore.measure import GIB
 from welore.ranks import Plan
 from welore.records import Record
 from welore.runner import run
@@ -53,6 +54,22 @@ def test_no_gradient_of_the_training_is_held_while_the_tuned_model_is_measured(t
     monkeypatch.setattr(runner, "measure", look)
     run(config_of(tmp_path, "mode=welore", f"model.dtype={dtype}"), tmp_path / "run")
     assert held == [[]]
+
+
+@pytest.mark.parametrize("overrides", [["mode=full"], ["mode=lisa", "mode.layers=1", "mode.gap=1"]])
+def test_gradients_and_optimizer_are_those_of_what_trained_last(tmp_path, monkeypatch, overrides):
+    stepped, state_bytes = [], tune.state_bytes
+
+    def look(optimizer):
+        stepped.extend(parameter.numel() for parameter in optimizer.state)
+        return state_bytes(optimizer)
+
+    monkeypatch.setattr(tune, "state_bytes", look)
+    found = run(config_of(tmp_path, *overrides), tmp_path / "run").metrics
+    gradients = (found["fit/state_gib"] - found["fit/optimizer_gib"]) * GIB
+    assert gradients == pytest.approx(4 * sum(stepped))
+    assert (sum(stepped) < found["fit/trainable_parameters"]) == ("mode=lisa" in overrides)
+    assert found["fit/optimizer_gib"] * GIB == pytest.approx(2 * gradients, rel=0.01)  # and the counts of steps
 
 
 def test_what_a_mode_cannot_do_costs_no_compression(tmp_path):

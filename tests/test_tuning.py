@@ -152,6 +152,13 @@ def test_a_mean_over_seeds_with_its_standard_error(tmp_path):
     assert (values["untuned"], values["dense"], values["flag"]) == ("500.00", "30.00", "—")
 
 
+def test_the_optimizer_of_a_record_that_says_it_alone_is_taken_as_it_is(tmp_path):
+    state = {"fit/state_gib": 90_000_000 / 2**30, "fit/optimizer_gib": 64_000_000 / 2**30}
+    rows = [made(tmp_path, cell, 100.0 + i, **state) for i, cell in enumerate(tuning.grid(START))]
+    (found,) = studies(rows)
+    assert dict(zip(tuned.COLUMNS, tuned.values(found), strict=True))["optimizer MB"] == "64.0"
+
+
 def test_seeds_that_are_there_are_shown_and_decide_nothing(tmp_path):
     whole = study(tmp_path, [200.0, 100.0, 300.0], seeds=[104.0, 108.0])
     found = replace(whole, rows=(*whole.rows[:-1], replace(whole.rows[-1], record=None, why="never run")))

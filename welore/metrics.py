@@ -48,6 +48,7 @@ FIT_PADDED_TOKENS_PER_SECOND = Metric("fit/padded_tokens_per_second", "training 
 FIT_PEAK_GIB = Metric("fit/peak_gib", "training peak GiB", 2)
 FIT_RESERVED_GIB = Metric("fit/reserved_gib", "training reserved GiB", 2)  # on a GPU alone
 FIT_STATE_GIB = Metric("fit/state_gib", "gradients and optimizer GiB", 3)
+FIT_OPTIMIZER_GIB = Metric("fit/optimizer_gib", "optimizer GiB", 3)
 TRAINABLE_PARAMETERS = Metric("fit/trainable_parameters", "trainable parameters", 0)
 TRAINABLE_NORMS = Metric("fit/trainable_norm_parameters", "of which normalization", 0)
 FIT_TOKENS = Metric("fit/tokens", "training tokens", 0)

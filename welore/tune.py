@@ -64,9 +64,10 @@ def tune(
         with frozen_weights_in(twin, None if config.trainer.shards else autocast):  # a weight that is cast is whole
             fit(config.trainer, tuner, batches, validation, folder, autocast, loggers, throughput, watching)
         memory = peak.metrics(metrics.FIT_PEAK_GIB, metrics.FIT_RESERVED_GIB)
-    gradients = trained * torch.float32.itemsize  # more than there are at a time where modes take turns
+    # Of what trained in the last step: where a mode takes turns, the rest has none.
+    gradients = torch.float32.itemsize * sum(p.numel() for p in (*parameters, *besides) if p.requires_grad)
     optimizer = tuner.optimizers(use_pl_optimizer=False)
-    state = (gradients + state_bytes(optimizer)) / GIB
+    kept = state_bytes(optimizer)
     optimizer.release()  # gradients are no part of the model that is measured now
     model.to(device).eval().requires_grad_(False)
     config.mode.finish(model)
@@ -77,7 +78,8 @@ def tune(
         | throughput.metrics()
         | memory
         | {
-            metrics.FIT_STATE_GIB.key: state,
+            metrics.FIT_STATE_GIB.key: (gradients + kept) / GIB,
+            metrics.FIT_OPTIMIZER_GIB.key: kept / GIB,
             metrics.TRAINABLE_PARAMETERS.key: trained,
             metrics.TRAINABLE_NORMS.key: sum(p.numel() for p in parameters if id(p) in norms),
             metrics.FIT_TOKENS.key: tuner.tokens_seen,
