@@ -13,7 +13,8 @@ from welore.plots import training_figure
 from welore.report import number
 
 COLUMNS = ["err", "keep", "parameters", "dense", "untuned", "tuned", "seeds", "learning rate", "best at the edge"]
-COLUMNS += ["trained", "tokens", "MFLOPs/token", "tokens/s", "peak GiB", "optimizer MB", "device", "flag"]
+COLUMNS += ["trained", "tokens", "MFLOPs/token", "training MFLOPs/token", "tokens/s", "peak GiB", "optimizer MB"]
+COLUMNS += ["device", "flag"]
 NOTES = [
     f"learning rate: the one with the least validation perplexity at the end, on seed 0; the other seeds run at it. "
     f"Tried: {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default, and while the best was the "
@@ -21,8 +22,9 @@ NOTES = [
     "tuned: mean over the seeds ± standard error of the mean. Time, memory and device are those of seed 0; claims on "
     "them compare the modes seed by seed on one device, and say nothing where they share none or the seeds disagree",
     SO_FAR,
-    "MFLOPs/token: of the compressed model, in the products with its weights for one token that it reads. What a mode "
-    "needs to train on one is counted by scripts/step_flops.py",
+    "MFLOPs/token: of the compressed model, in the products with its weights for one token that it reads. Training "
+    "MFLOPs/token: of the first forward and backward pass of the run, in products as torch counts them: the optimizer "
+    "is not in it, nor on a CPU is attention. Older records lack it; scripts/step_flops.py counts it for every mode",
     "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
 ]
 
@@ -35,10 +37,10 @@ def values(study: Study) -> list[str]:
     seeds, partial, study = study.seeds, study.missing, study.so_far
     row = study.first
     if row is None:
-        return [*["—"] * 5, "missing" if study.missing else "diverged", *["—"] * 10, study.flag]
+        return [*["—"] * 5, "missing" if study.missing else "diverged", *["—"] * 11, study.flag]
     line = [*budget(row), number(row.number(metrics.DENSE_PERPLEXITY), 2), _written(study.untuned)]
     if study.missing:
-        return [*line, "missing", *["—"] * 10, ""]
+        return [*line, "missing", *["—"] * 11, ""]
     error = "" if study.error is None else f" ± {study.error:,.2f}"
     chosen = "—" if study.chosen is None else f"{study.chosen:g}"
     grid = ", ".join(f"{rate:g}" for rate in sorted(study.grid))
@@ -59,16 +61,19 @@ def _written(perplexity: float | None) -> str:
 
 def _cost(row: Row) -> list[str]:
     trained, optimizer = row.found(metrics.TRAINABLE_PARAMETERS), optimizer_bytes(row)
-    flops = row.found(metrics.FLOPS_PER_TOKEN)
     return [
         "—" if trained is None else f"{trained / 1e6:,.2f}M",
         number(row.found(metrics.FIT_TOKENS), 0),
-        "—" if flops is None else f"{flops / 1e6:,.0f}",
+        *[_millions(row.found(metric)) for metric in (metrics.FLOPS_PER_TOKEN, metrics.FIT_FLOPS_PER_TOKEN)],
         number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
         number(taken(row, metrics.TRAIN_PEAK_GIB), 2),
         number(None if optimizer is None else optimizer / 1e6, 1),
         _device(row),
     ]
+
+
+def _millions(flops: float | None) -> str:
+    return "—" if flops is None else f"{flops / 1e6:,.0f}"
 
 
 def optimizer_bytes(row: Row) -> float | None:

@@ -6,7 +6,8 @@ usage: python scripts/step_flops.py [--model smollm2_135m] [--modes welore full 
 torch counts the products of matrices as they run, so that adapters, products of factors and gradients that a mode does
 not need are in it or not as they are in a run. What an optimizer computes beside (projections, orthogonalization) is
 not, nor on a CPU is attention; the gradient of the inputs of the head counts as forward, where the loss forms it.
-Nothing is timed: a busy machine does no harm. The seconds of a step are those of scripts/bench_steps.py.
+A run counts its own first pass the same way, into fit/flops_per_token of its record. Nothing is timed: a busy machine
+does no harm. The seconds of a step are those of scripts/bench_steps.py.
 """
 
 import argparse

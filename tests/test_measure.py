@@ -6,7 +6,7 @@ import torch
 
 from welore import measure
 from welore.fit import Whole
-from welore.measure import WARM_UP_STEPS, Throughput, give_back, peak_memory
+from welore.measure import WARM_UP_STEPS, Flops, Throughput, give_back, peak_memory
 
 CPU = torch.device("cpu")
 MIB_200 = 200 / 1024
@@ -54,6 +54,29 @@ def test_a_checkpoint_is_no_memory_of_training(tmp_path):
         checkpoints.write()
         assert peak.gib - before < MIB_200 / 4
     assert torch.equal(torch.load(last, weights_only=True)["weights"], state["weights"])
+
+
+def test_products_are_counted_forward_and_backward():
+    W, x = torch.ones(5, 3, requires_grad=True), torch.ones(7, 3)
+    with (flops := Flops()):
+        y = torch.nn.functional.linear(x, W).relu().sum()
+    assert flops.total == 2 * 7 * 3 * 5
+    with flops:
+        y.backward()
+    assert flops.total == 2 * 2 * 7 * 3 * 5
+    x @ W.T
+    assert flops.total == 2 * 2 * 7 * 3 * 5
+
+
+def test_a_product_that_no_formula_fits_is_computed_and_makes_the_count_unknown(monkeypatch):
+    def strict(*arguments, **options):
+        raise AssertionError("as of more heads than those of keys")
+
+    monkeypatch.setitem(measure.flop_registry, torch.ops.aten.mm, strict)
+    with (flops := Flops()):
+        assert torch.equal(torch.ones(2, 3) @ torch.ones(3, 2), torch.full((2, 2), 3.0))
+        torch.ones(2, 2, 3) @ torch.ones(2, 3, 2)
+    assert flops.total is None
 
 
 def test_the_gib_is_1024_cubed_bytes(monkeypatch):

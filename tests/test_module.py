@@ -1,7 +1,11 @@
+from copy import deepcopy
+
 import pytest
 import torch
+from test_modes import OTHERS, TRAINED
 
 from welore import module
+from welore.bench import Steps
 from welore.compress import weight_digests
 from welore.errors import Refused
 from welore.evaluate import perplexity
@@ -23,6 +27,42 @@ def test_the_logged_curve_has_every_step_with_its_rate_and_tokens(compressed, tr
     assert [line["train/lr"] for line in steps] == pytest.approx([5e-4 * f for f in factors], rel=1e-6)
     assert [line["train/tokens"] for line in steps] == [128, 256, 384, 512]
     assert tuner.tokens_seen == 512
+
+
+ONE = ("task.training.batch=1", "task.training.length=32", "task.training.pack=true")
+QUICK = ("welore", "full", "lora_merged", "dora")
+MODES = TRAINED | OTHERS
+COUNTED = [pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) for k, v in MODES.items()]
+
+
+@pytest.mark.parametrize("mode", COUNTED)
+def test_the_first_pass_of_a_run_counts_the_flops_that_torch_counts_of_a_step(compressed, configured, train, mode):
+    """As scripts/step_flops.py does. That of a layer that is run again is forward work done twice."""
+    config = configured(*mode)
+    found = Steps(deepcopy(compressed), config.mode, None, 1, 32).flops()
+    again = deepcopy(compressed)
+    assert train(compressed, *ONE, *mode).flops_per_token == found["forward"] + found["backward"]
+    more = train(again, *ONE, *mode, "trainer.recompute=true").flops_per_token
+    assert 0.3 * found["forward"] < more - found["forward"] - found["backward"] < found["forward"]
+
+
+def test_the_flops_of_a_token_are_those_of_a_pass_of_a_step_of_many(compressed, train):
+    one = train(deepcopy(compressed), *ONE).flops_per_token
+    assert train(compressed, *ONE, "task.training.batch=4", "task.training.accumulate=4").flops_per_token == one
+
+
+@pytest.mark.parametrize("mode", COUNTED)
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_counting_changes_no_number(compressed, train, tmp_path, monkeypatch, mode, recompute):
+    other, losses = deepcopy(compressed), []
+    for model, counts in ((compressed, True), (other, False)):
+        if not counts:
+            monkeypatch.setattr(module, "Flops", lambda: None)
+        tuner = train(model, *mode, f"trainer.recompute={recompute}")
+        assert (tuner.flops_per_token is not None) == counts
+        losses.append([line["train/loss"] for line in lines(tmp_path, "train/loss")])
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(compressed.parameters(), other.parameters(), strict=True))
 
 
 def test_training_lowers_the_loss(compressed, train, tmp_path):

@@ -69,6 +69,7 @@ def test_gradients_and_optimizer_are_those_of_what_trained_last(tmp_path, monkey
     gradients = (found["fit/state_gib"] - found["fit/optimizer_gib"]) * GIB
     assert gradients == pytest.approx(4 * sum(stepped))
     assert (sum(stepped) < found["fit/trainable_parameters"]) == ("mode=lisa" in overrides)
+    assert found["fit/flops_per_token"] > found["compress/flops_per_token"]
     assert found["fit/optimizer_gib"] * GIB == pytest.approx(2 * gradients, rel=0.01)  # and the counts of steps
 
 

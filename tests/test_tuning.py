@@ -148,15 +148,17 @@ def test_a_mean_over_seeds_with_its_standard_error(tmp_path):
     assert values["tuned"] == "104.00 ± 2.31" and values["seeds"] == "3"
     assert values["learning rate"] == "0.0005 of 0.000125, 0.0005, 0.002"
     assert (values["optimizer MB"], values["peak GiB"], values["device"]) == ("80.0", "2.00", "a CPU")
-    assert (values["MFLOPs/token"], values["tokens/s"]) == ("239", "400")
+    assert (values["MFLOPs/token"], values["training MFLOPs/token"], values["tokens/s"]) == ("239", "—", "400")
     assert (values["untuned"], values["dense"], values["flag"]) == ("500.00", "30.00", "—")
 
 
-def test_the_optimizer_of_a_record_that_says_it_alone_is_taken_as_it_is(tmp_path):
+def test_what_newer_records_say_of_optimizer_and_flops_is_taken_as_it_is(tmp_path):
     state = {"fit/state_gib": 90_000_000 / 2**30, "fit/optimizer_gib": 64_000_000 / 2**30}
-    rows = [made(tmp_path, cell, 100.0 + i, **state) for i, cell in enumerate(tuning.grid(START))]
+    newer = state | {"fit/flops_per_token": 521_353_044.9}
+    rows = [made(tmp_path, cell, 100.0 + i, **newer) for i, cell in enumerate(tuning.grid(START))]
     (found,) = studies(rows)
-    assert dict(zip(tuned.COLUMNS, tuned.values(found), strict=True))["optimizer MB"] == "64.0"
+    values = dict(zip(tuned.COLUMNS, tuned.values(found), strict=True))
+    assert (values["optimizer MB"], values["training MFLOPs/token"]) == ("64.0", "521")
 
 
 def test_seeds_that_are_there_are_shown_and_decide_nothing(tmp_path):

@@ -11,6 +11,8 @@ from statistics import median
 
 import torch
 from lightning.pytorch import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from welore import metrics, processes
 
@@ -93,6 +95,31 @@ def _peak_resident_kib() -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(status.split("VmHWM:")[1].split()[0])
+
+
+class Flops(TorchDispatchMode):
+    """Adds up the FLOPs of the products of matrices that run inside, by the formulas of torch's FlopCounterMode.
+
+    What no formula is for is not in them: elementwise work, and attention on a CPU. `total` is None where a formula
+    does not fit what it is given: FlopCounterMode would end the training that it counts.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total: int | None = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        found = operator(*args, **kwargs)
+        formula = flop_registry.get(getattr(operator, "_overloadpacket", operator))
+        if formula is not None and self.total is not None:
+            try:
+                self.total += formula(*args, **kwargs, out_val=found)
+            except Exception:
+                self.total = None
+        return found
 
 
 class Throughput(Callback):

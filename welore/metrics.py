@@ -47,6 +47,7 @@ FIT_TOKENS_PER_SECOND = Metric("fit/tokens_per_second", "training tokens/s", 1)
 FIT_PADDED_TOKENS_PER_SECOND = Metric("fit/padded_tokens_per_second", "training tokens/s with padding", 1)
 FIT_PEAK_GIB = Metric("fit/peak_gib", "training peak GiB", 2)
 FIT_RESERVED_GIB = Metric("fit/reserved_gib", "training reserved GiB", 2)  # on a GPU alone
+FIT_FLOPS_PER_TOKEN = Metric("fit/flops_per_token", "training FLOPs per token", 0)
 FIT_STATE_GIB = Metric("fit/state_gib", "gradients and optimizer GiB", 3)
 FIT_OPTIMIZER_GIB = Metric("fit/optimizer_gib", "optimizer GiB", 3)
 TRAINABLE_PARAMETERS = Metric("fit/trainable_parameters", "trainable parameters", 0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from welore.cache import digest
 from welore.compress import digests
 from welore.errors import Refused
 from welore.evaluate import causal_loss, first_not_finite
-from welore.measure import Throughput, peak_memory
+from welore.measure import Flops, Throughput, peak_memory
 from welore.modes import Mode
 from welore.sparse import KeptZeros
 from welore.tasks import Training
@@ -47,16 +48,27 @@ class Tuner(LightningModule):
         self.tokens_seen = 0
         self.random: list[Tensor] = []
         self._step_loss = 0.0
+        # Of the first pass alone; not where processes may share a weight, for each would count its part.
+        self.flops = Flops() if processes.count() == 1 else None
+        self.flops_per_token: float | None = None
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        total, _ = self.loss(batch["ids_BL"], batch["labels_BL"])
+        with self.flops or nullcontext():
+            total, _ = self.loss(batch["ids_BL"], batch["labels_BL"])
         # A mean over the tokens of the whole step; Lightning divides by the number of passes and that of processes.
         loss = total / batch["scored"] * self.training_config.accumulate * processes.count()
         self._pass = loss.detach(), batch
         return loss
 
+    def backward(self, loss: Tensor, *arguments: Any, **options: Any) -> None:
+        with self.flops or nullcontext():
+            super().backward(loss, *arguments, **options)
+
     def on_after_backward(self) -> None:
         """Read the loss after both passes: read between them, it leaves a GPU idle until the second is launched."""
+        if self.flops is not None:
+            total, self.flops = self.flops.total, None  # later passes are not slowed
+            self.flops_per_token = None if total is None else total / self._pass[1]["ids_BL"].numel()
         loss, batch = float(self._pass[0]), self._pass[1]
         if self._anywhere(not math.isfinite(loss)):
             raise FloatingPointError(f"the loss of step {self.global_step} is {self._not_finite(loss, batch)}")

@@ -78,6 +78,7 @@ def tune(
         | throughput.metrics()
         | memory
         | {
+            metrics.FIT_FLOPS_PER_TOKEN.key: tuner.flops_per_token,
             metrics.FIT_STATE_GIB.key: (gradients + kept) / GIB,
             metrics.FIT_OPTIMIZER_GIB.key: kept / GIB,
             metrics.TRAINABLE_PARAMETERS.key: trained,
