@@ -1,31 +1,30 @@
 """What a table prints of models that were asked questions, and when a mode counts as one that did not train."""
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from experiments import compare, tuning
 from experiments.cells import Row
 from experiments.page import Outcomes, cited
-from experiments.tuning import Study
+from experiments.tuning import T_TAILS, Study, standard_error, surely_positive, t_quantile
 from welore import metrics
-from welore.counts import above_chance, differ, mcnemar, spread, wilson
+from welore.counts import above_chance, sign_flips, wilson
 from welore.report import number
 
 COLUMNS = ["ours, %", "right / asked", "95 %", "by likelihood, %", "unparsed", "on training questions, %"]
 COLUMNS += ["untuned, %", "dense, %", "seeds", "learning rate", "best at the edge", "trained", "flag"]
 NOTES = [
-    "every test question counts: an answer that cannot be read is wrong. 95 %: of one seed Wilson's interval, of more "
-    "a bootstrap over seeds and questions, rather too narrow for so few seeds; ±: standard error over seeds",
+    "every test question counts: an answer that cannot be read is wrong. 95 %: Wilson's interval for the number of "
+    "questions, which all seeds answer, or Student's over seeds where that is wider; ±: standard error over seeds",
     "learning rate: the one with the least validation perplexity at the end, on seed 0; the other seeds run at it",
     tuning.SO_FAR,
     "did not train: diverged, no better than the most frequent answer (binomial, p > 0.05), or than untuned; "
     "where the better of two modes did not train, nothing can be said of them",
 ]
 SURE = 0.05
-SURELY = f"p < {SURE:g} over seeds and questions"
+SURELY = f"p < {SURE:g} by questions (signs) and by seeds (paired t test)"
 NEEDS = (*tuning.NEEDS, "answers-tuned.jsonl")  # the questions that two modes answer alike are found in it
 
 
@@ -75,7 +74,7 @@ def values(study: Study | None) -> list[str]:
     questions = done[0].number(metrics.EVAL_EXAMPLES)
     low, high = interval(study)
     first, shares = done[0], [100 * _share(row) for row in study.runs]
-    error = f" ± {stdev(shares) / math.sqrt(len(shares)):.1f}" if len(shares) > 1 else ""
+    error = f" ± {standard_error(shares):.1f}" if len(shares) > 1 else ""
     chosen = "—" if study.chosen is None else f"{study.chosen:g}"
     return [
         cited(f"{mean(shares):.1f}{error}", done),
@@ -95,9 +94,14 @@ def values(study: Study | None) -> list[str]:
 
 
 def interval(study: Study) -> tuple[float, float]:
-    """95 % around the mean share. The seeds answer the same questions, so that they are not more questions."""
-    answers = _answers(study)
-    return spread(answers) if len(answers) > 1 else wilson(sum(answers[0]), len(answers[0]))
+    """95 % around the mean share: by the questions, of which seeds are not more, or by seeds that disagree more."""
+    shares = [_share(row) for row in study.runs]
+    questions = next(row for row in study.runs if row.record).number(metrics.EVAL_EXAMPLES)
+    low, high = wilson(mean(shares) * questions, questions)
+    if len(shares) > 1:
+        half = t_quantile(len(shares) - 1, T_TAILS) * standard_error(shares)
+        low, high = min(low, mean(shares) - half), max(high, mean(shares) + half)
+    return max(0.0, low), min(1.0, high)
 
 
 def _answers(study: Study) -> list[list[bool]]:
@@ -127,7 +131,7 @@ def higher(found: dict[tuple[str, str], Study], places: Sequence[str], column: s
 
 
 def surely_higher(found: dict[tuple[str, str], Study], places: Sequence[str], column: str, other: str) -> Outcomes:
-    """The same, where besides p < SURE, over all seeds and questions; of one seed each by McNemar's test."""
+    """The same, where besides neither the questions nor the seeds are chance; of one seed each McNemar's test."""
     above = higher(found, places, column, other)
     return {
         place: outcome and _surely_more(found[place, column], found[place, other]) if outcome else outcome
@@ -141,8 +145,14 @@ def _surely_more(ours: Study, theirs: Study) -> bool | None:
     one, two = _answers(ours), _answers(theirs)
     if len(one[0]) != len(two[0]):
         return None
-    alone = len(one) == len(two) == 1
-    return (mcnemar(one[0], two[0]) if alone else differ(one, two)) < SURE
+    # Right answers to each question, over all seeds, as if both had as many.
+    pairs = zip(zip(*one, strict=True), zip(*two, strict=True), strict=True)
+    by_questions = sign_flips([len(two) * sum(ours) - len(one) * sum(theirs) for ours, theirs in pairs]) < SURE
+    if len(one) == len(two) == 1:
+        return by_questions
+    first, second = ({row.cell["seed"]: _share(row) for row in study.runs} for study in (ours, theirs))
+    by_seeds = surely_positive([first[seed] - second[seed] for seed in first if seed in second])
+    return None if by_seeds is None else by_questions and by_seeds
 
 
 def verdicts(folder: Path, stage: str = "tuned") -> list[bool]:

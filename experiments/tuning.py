@@ -26,7 +26,9 @@ NEEDS = (HISTORY,)
 FACTORS = (0.25, 1.0, 4.0)  # of the learning rate that a mode has by default
 WIDEST = 5  # rates of a grid that was widened
 SEEDS = {"laptop": [0, 1, 2], "paper": [0]}
-T_QUANTILES = (6.3138, 2.9200, 2.3534, 2.1318, 2.0150, 1.9432, 1.8946, 1.8595, 1.8331)  # one-sided 5 %, from 1 on
+# Of Student's t with 1, 2, 3, ... degrees of freedom: what it exceeds with a probability of 5 and of 2.5 %.
+T_QUANTILES = (6.3138, 2.9200, 2.3534, 2.1318, 2.0150, 1.9432, 1.8946, 1.8595, 1.8331)
+T_TAILS = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 SO_FAR = (
     "seeds: `1 of 3` where the others are still to come; no claim and no flag is decided by a study that lacks seeds"
 )
@@ -178,7 +180,7 @@ class Study:
     def error(self) -> float | None:
         """Of the mean, from the spread of the seeds; None for a single one."""
         found = [_perplexity(row) for row in self.runs]
-        return stdev(found) / math.sqrt(len(found)) if len(found) > 1 and all(map(math.isfinite, found)) else None
+        return standard_error(found) if len(found) > 1 and all(map(math.isfinite, found)) else None
 
     @property
     def untuned(self) -> float | None:
@@ -258,15 +260,25 @@ def surely_below(low: Study | None, high: Study | None) -> bool | None:
     if math.isnan(high.perplexity):
         return None  # it is the worse one, but no test says so
     ours, theirs = low.by_seed, high.by_seed
-    differences = [theirs[seed] - ours[seed] for seed in ours if seed in theirs]
-    if len(differences) < 2:
-        return None
-    error = stdev(differences) / math.sqrt(len(differences))
-    return mean(differences) > t_quantile(len(differences) - 1) * error
+    return surely_positive([theirs[seed] - ours[seed] for seed in ours if seed in theirs])
 
 
-def t_quantile(freedom: int) -> float:
-    """What Student's t of so many degrees of freedom exceeds with probability 5 %."""
-    if not 1 <= freedom <= len(T_QUANTILES):
-        raise ValueError(f"{freedom} degrees of freedom are not in the table, which ends at {len(T_QUANTILES)}")
-    return T_QUANTILES[freedom - 1]
+def surely_positive(differences: Sequence[float]) -> bool | None:
+    """By a t test, one-sided at 5 %; None of fewer than two."""
+    return (
+        None
+        if len(differences) < 2
+        else mean(differences) > t_quantile(len(differences) - 1) * standard_error(differences)
+    )
+
+
+def standard_error(numbers: Sequence[float]) -> float:
+    """The standard error of the mean of two numbers or more."""
+    return stdev(numbers) / math.sqrt(len(numbers))
+
+
+def t_quantile(freedom: int, quantiles: Sequence[float] = T_QUANTILES) -> float:
+    """What Student's t of so many degrees of freedom exceeds with the probability of the table, which is 5 %."""
+    if not 1 <= freedom <= len(quantiles):
+        raise ValueError(f"{freedom} degrees of freedom are not in the table, which ends at {len(quantiles)}")
+    return quantiles[freedom - 1]

@@ -7,6 +7,7 @@ import pytest
 from experiments import asked
 from experiments.cells import Row
 from experiments.tuning import Study
+from welore.counts import wilson
 from welore.records import Record
 
 
@@ -55,7 +56,9 @@ def outcomes(ours, theirs):
 
 def test_a_better_mode_is_surely_better_where_seeds_and_questions_say_so(study):
     assert outcomes(study("a", 140, 141, 142), study("b", 110, 111, 112)) == (True, True)
-    assert outcomes(study("c", 112, 111, 113), study("d", 110, 112, 110)) == (True, False)
+    assert outcomes(study("c", 112, 111, 113), study("d", 110, 112, 110)) == (True, False)  # by neither
+    assert outcomes(study("e", 113, 113, 113), study("f", 112, 112, 112)) == (True, False)  # one question
+    assert outcomes(study("g", 150, 150, 150), study("h", 150, 123, 150)) == (True, False)  # one seed
 
 
 def test_a_mean_that_a_seed_contradicts_is_not_sure(study):
@@ -69,10 +72,10 @@ def test_one_seed_of_each_is_compared_on_the_same_questions(study):
 
 
 def test_the_interval_of_seeds_that_disagree_holds_them(study):
-    low, high = asked.interval(study("a", 69, 62, 150))
-    assert low < 0.46 and high == 1
-    alike, alone = asked.interval(study("b", 110, 110, 110)), asked.interval(study("c", 110))
-    assert alike == pytest.approx(alone, abs=0.015)  # by the bootstrap, and Wilson's
+    assert asked.interval(study("a", 69, 62, 150)) == (0, 1)  # of seeds like these three say nothing
+    assert asked.interval(study("b", 110, 110, 110)) == asked.interval(study("c", 110)) == wilson(110, 150)
+    low, high = asked.interval(study("d", 100, 110, 120))
+    assert (low + high) / 2 == pytest.approx(110 / 150) and high - low == pytest.approx(2 * 4.3027 * 10 / 3**0.5 / 150)
 
 
 def test_nothing_is_said_where_the_better_one_did_not_train(study):
@@ -82,8 +85,9 @@ def test_nothing_is_said_where_the_better_one_did_not_train(study):
 
 
 def test_a_run_that_diverged_is_right_nowhere(study):
-    assert outcomes(study("a", 140, 141), study("b", None, 110, 112)) == (True, True)
+    assert outcomes(study("a", 140, 141, 139), study("b", None, 110, 112)) == (True, False)
     assert outcomes(study("c", 140, 141), study("d", None)) == (True, None)
+    assert outcomes(study("e", 140, 141, 139), study("f", 110)) == (True, None)  # no seed twice
 
 
 def test_an_answer_with_a_separator_in_it_is_one_line(tmp_path):

@@ -1,18 +1,11 @@
-"""Statistics of counts: how sure an accuracy is, whether two differ, and which accuracies are possible at all.
-
-Shape suffixes: S = seeds, Q = questions, D = draws.
-"""
+"""Statistics of counts: how sure an accuracy is, whether two differ, and which accuracies are possible at all."""
 
 import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 Z = 1.959964  # 95 %
-DRAWS = 10_000  # of a bootstrap
-
-Verdicts = Sequence[Sequence[bool]]  # by seed and question: whether the answer was right
 
 
 def wilson(k: float, n: int, z: float = Z) -> tuple[float, float]:
@@ -37,40 +30,19 @@ def mcnemar(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
     return min(1.0, tail * 2 / 2**n)
 
 
-def spread(verdicts: Verdicts) -> tuple[float, float]:
-    """95 % of the shares of right answers when both the seeds and the questions are drawn anew (bootstrap).
+def sign_flips(differences: Sequence[int]) -> float:
+    """The two-sided p-value that differences are as likely to have the other sign, each for itself (exact).
 
-    Few seeds say little of how much seeds vary: with two or three it is rather too narrow.
+    Of differences of -1, 0 and 1 it is that of `mcnemar`.
     """
-    (shares_D,) = _drawn([verdicts])
-    low, high = shares_D.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, min(high, 1.0)
-
-
-def differ(ours: Verdicts, theirs: Verdicts) -> float:
-    """The two-sided p-value that two methods are as often right, over seeds and questions (paired bootstrap).
-
-    The questions are drawn for both at once, the seeds for each alone: a p-value that is too large where every answer
-    is luck by itself. No less than 2 / DRAWS.
-    """
-    ours_D, theirs_D = _drawn([ours, theirs])
-    sides = [int((ours_D <= theirs_D).sum()), int((ours_D >= theirs_D).sum())]
-    return min(1.0, 2 * (min(sides) + 1) / (DRAWS + 1))
-
-
-def _drawn(methods: Sequence[Verdicts]) -> list[Tensor]:
-    """The share of right answers of each method in every draw; the same draws whenever they are asked for."""
-    generator = torch.Generator().manual_seed(0)
-    right = [torch.tensor(verdicts, dtype=torch.float64) for verdicts in methods]
-    questions_DQ = _weights(right[0].shape[1], generator)
-    return [((_weights(len(right_SQ), generator) @ right_SQ) * questions_DQ).sum(1) for right_SQ in right]
-
-
-def _weights(count: int, generator: torch.Generator) -> Tensor:
-    """How often each of `count` is drawn of as many, as shares, for each draw."""
-    drawn = torch.randint(count, (DRAWS, count), generator=generator)
-    ones = torch.full(drawn.shape, 1 / count, dtype=torch.float64)
-    return torch.zeros(drawn.shape, dtype=torch.float64).scatter_add_(1, drawn, ones)
+    sizes = [abs(difference) for difference in differences if difference]
+    most, seen = sum(sizes), abs(sum(differences))
+    chances = torch.zeros(2 * most + 1, dtype=torch.float64)  # of each sum from -most to most
+    chances[most] = 1.0
+    for size in sizes:
+        chances = (chances.roll(size) + chances.roll(-size)) / 2
+    extreme = (torch.arange(-most, most + 1).abs() >= seen).double()
+    return min(1.0, float((chances * extreme).sum()))
 
 
 def above_chance(k: int, n: int, chance: float) -> float:
