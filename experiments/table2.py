@@ -80,7 +80,7 @@ class Ratings(Kind):
     """The mean rating of a judge, of 10."""
 
     def value(self, row):
-        return row.found(metrics.COMPRESSED_SCORE)
+        return whole(row, metrics.COMPRESSED_SCORE)
 
     def shown(self, row):
         judged, unjudged = (row.found(m) for m in (metrics.COMPRESSED_JUDGED, metrics.COMPRESSED_UNJUDGED))
@@ -94,13 +94,18 @@ class Overlap(Kind):
     """ROUGE-L of summaries with the highlights of their articles, from 0 to 1."""
 
     def value(self, row):
-        return row.found(metrics.COMPRESSED_ROUGE_L)
+        return whole(row, metrics.COMPRESSED_ROUGE_L)
 
     def shown(self, row):
         return [f"{row.number(metrics.EVAL_EXAMPLES)} summaries", "—", "—"]
 
     def differs(self, row, other):
         return _sign_test(*([line["rouge_l"] for line in _answers(r.folder)] for r in (row, other)))
+
+
+def whole(row: Row, mean: metrics.Metric) -> float | None:
+    """A mean over all answers; None where the model broke at one: that of the others would be another one's."""
+    return None if row.found(metrics.COMPRESSED_BROKEN) else row.found(mean)
 
 
 def _sign_test(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
@@ -215,7 +220,8 @@ def _line(found: Column, method: str) -> list[str]:
     labels = [found.task, kind.title, method, printed]
     if row.missing:
         return [*labels, *["—"] * 3, "missing", *["—"] * 4]
-    p = "—" if method == "dense" or dense.missing else f"{kind.differs(row, dense):.3g}"
+    known = method != "dense" and not dense.missing and None not in (kind.value(row), kind.value(dense))
+    p = f"{kind.differs(row, dense):.3g}" if known else "—"
     ours = cited(number(kind.value(row), kind.digits), [row])
     return [*labels, *budget(row), ours, *kind.shown(row), p]
 

@@ -23,10 +23,11 @@ from experiments.cells import Row, Runs, default_outputs
 from experiments.scales import local
 from welore.errors import Refused
 from welore.explain import explain
+from welore.metrics import BREAKS_AT
 from welore.records import Record, records
 
 TARGET = Path("benchmarks")
-OF_ANSWERS = ("written", "read", "verdict", "option", "rouge_l")
+OF_ANSWERS = ("written", "read", "verdict", "option", "rouge_l", BREAKS_AT)
 
 
 def main(arguments: Sequence[str]) -> int:

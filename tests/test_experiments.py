@@ -944,6 +944,17 @@ def test_rouge_is_no_rating(tasks, tmp_path, monkeypatch):
     assert any(line.startswith("not asked here, summaries, of 10") for line in page().notes)
 
 
+def test_a_model_that_breaks_in_some_answers_has_no_mean_of_the_others(tasks, tmp_path):
+    rows = whole("table2", "laptop", tmp_path)
+    page = table2.render(
+        [changed(row, **{"compressed/broken": 7}) if row.cell["ranks"] == "owl" else row for row in rows]
+    )
+    claim = next(claim for claim in page.claims if claim.text == "WeLore is better than OWL ranks (Table 2)")
+    assert claim.ours["mt_bench"] is None is claim.ours["cnn_dailymail"] and claim.ours["triviaqa"] is not None
+    owl = [line for line in page.body if line[2] == "OWL" and line[0] != "triviaqa"]
+    assert len(owl) == 3 and all(line[7] == "—" == line[-1] for line in owl)
+
+
 def test_a_command_of_table_2_makes_its_cell(tasks):
     tasks.joinpath("triviaqa", "a.jsonl").write_text("{}")  # the content of the files is part of a run's name
     tasks.joinpath("mt_bench", "a.jsonl").write_text("{}")

@@ -13,6 +13,7 @@ import pytest
 from endpoints import KEY, serving
 
 import welore.judged
+from experiments import table2
 from welore.chat import conversation
 from welore.errors import Refused
 from welore.judged import Case, counted
@@ -258,6 +259,7 @@ def test_what_a_broken_model_says_is_counted_and_nobody_is_paid_to_rate_it(
     assert asked and not any("1 + 1" in question or "2 + 2" in question for question in asked)
     assert again["dense/broken"] == 2 and "the dense model gives numbers" in capsys.readouterr().err
     assert [answer.get("breaks_at") for answer in told(tmp_path / "run")] == [None, None, "layers.1", "layers.1"]
+    assert table2.ratings(tmp_path / "run") == [7, 7, None, None]
 
 
 def test_a_missing_key_ends_a_run_before_the_model_writes(judged, bench, tmp_path, monkeypatch):

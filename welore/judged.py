@@ -38,13 +38,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Written:
-    """By case and turn: the whole prompt, and what the model wrote. `seconds` is what it took, whenever it did so."""
+    """By case and turn: the whole prompt, and what the model wrote. `seconds` is what it took, whenever it did so.
+
+    `breaks` is by case: the layer where numbers that are not finite start, if one of its answers has them.
+    """
 
     prompts: list[list[str]]
     answers: list[list[str]]
-    breaks: list[
-        str | None
-    ]  # by case: the layer where numbers that are not finite start, if any of its answers has them
+    breaks: list[str | None]
     seconds: float
 
 
@@ -156,12 +157,11 @@ class Hearing(Benchmark):
         pairs = zip(self.cases, outcome.answers, strict=True)
         asked = [(line, request) for case, line in pairs for request in self.task.requests(case, line["written"])]
         # What a model says whose numbers are not finite means nothing: nobody is asked, or paid, to rate it.
-        whole = [(line, request) for line, request in asked if metrics.BREAKS_AT not in line]
-        found = self.judge.judgments([request for _, request in whole], self.cache, device, f"{stage} judgments")
-        for (line, request), judgment in zip(whole, found, strict=True):
+        whole = [request for line, request in asked if metrics.BREAKS_AT not in line]
+        found = iter(self.judge.judgments(whole, self.cache, device, f"{stage} judgments"))
+        judgments = [UNASKED if metrics.BREAKS_AT in line else next(found) for line, _ in asked]
+        for (line, request), judgment in zip(asked, judgments, strict=True):
             line.setdefault("judgments", []).append({"asked": request.messages} | asdict(judgment))
-        rest = iter(found)
-        judgments = [UNASKED if metrics.BREAKS_AT in line else next(rest) for line, _ in asked]
         ratings = counted([line["category"] for line, _ in asked], [request for _, request in asked], judgments)
         return Outcome(outcome.stage | ratings, outcome.shared, outcome.answers)
 
@@ -212,7 +212,7 @@ class Hearing(Benchmark):
         def write(made: tuple[list[Continuation], float], path: Path) -> None:
             path.write_text(json.dumps(([asdict(reply) for reply in made[0]], made[1])))
 
-        return self.cache.get("answers", digest(key, *prompts), read, write, make)
+        return self.cache.get("continuations", digest(key, *prompts), read, write, make)
 
 
 def _talk(case: Case, answers: Sequence[str]) -> list[dict[str, str]]:
