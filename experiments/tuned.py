@@ -24,7 +24,8 @@ NOTES = [
     SO_FAR,
     "MFLOPs/token: of the compressed model, in the products with its weights for one token that it reads. Training "
     "MFLOPs/token: of the first forward and backward pass of the run, in products as torch counts them: the optimizer "
-    "is not in it, nor on a CPU is attention. Older records lack it; scripts/step_flops.py counts it for every mode",
+    "is not in it, nor on a CPU is attention. Older records and those of several processes lack it; "
+    "scripts/step_flops.py counts it for every mode",
     "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
 ]
 

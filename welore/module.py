@@ -147,10 +147,13 @@ class Tuner(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint["base"] = self.base
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["flops_per_token"] = self.flops_per_token
         checkpoint["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # for dropout
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen, self.random = checkpoint["tokens_seen"], checkpoint["random"]
+        # Of the first pass of the run; unknown where it began before they were counted.
+        self.flops, self.flops_per_token = None, checkpoint.get("flops_per_token")
         if missing := self._trained() - checkpoint["state_dict"].keys():
             raise Refused(f"the checkpoint lacks {sorted(missing)[:3]}: it is of another run. Write force=true.")
         if (base := checkpoint.get("base", self.base)) != self.base:  # a checkpoint of before there was one goes on
