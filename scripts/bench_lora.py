@@ -18,6 +18,7 @@ from copy import deepcopy
 from operator import attrgetter
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -148,11 +149,15 @@ def check_alike(config: Config, arguments: argparse.Namespace) -> None:
     sizes = {f"task.training.{key}": getattr(arguments, key) for key in ("steps", "batch", "length")}
     for key, wanted in (BOTH | sizes).items():
         if (found := attrgetter(key)(config)) != wanted:
-            wanted = "null" if wanted is None else str(wanted).lower()
             raise Refused(
-                f"{key} is {found}, and what is compared has {wanted}. Leave it out: --steps, --batch and --length "
-                f"say how much each trains, and mode.rank, alpha, dropout and lr how."
+                f"{key}={_written(found)} is of one alone, and what is compared has {_written(wanted)}. Leave it out: "
+                f"--steps, --batch and --length say how much each trains, and mode.rank, alpha, dropout and lr how."
             )
+
+
+def _written(value: Any) -> str:
+    """As an override of run.py."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def main() -> None:

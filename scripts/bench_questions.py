@@ -147,6 +147,11 @@ def parsed() -> argparse.Namespace:
 
 
 def race(arguments: argparse.Namespace) -> None:
+    rounds = [(ONE, MANY)] * arguments.rounds + ([(WHOLE,)] if arguments.whole else [])
+    turns = [(scoring, how) for hows in rounds for how in hows for scoring in VERDICTS]
+    turns = [turn for turn in turns if ", ".join(turn) not in arguments.skip]
+    if not turns:
+        raise Refused("--skip leaves nothing to ask. Leave one out.")
     config = to_config(compose([f"task={arguments.task}", *arguments.overrides]))
     device, dtype = config.trainer.place(), config.model.autocast
     cache = Cache(Path(config.outputs) / ".cache")  # of all runs: nothing here measures the decomposition
@@ -167,9 +172,7 @@ def race(arguments: argparse.Namespace) -> None:
     shape |= {"model": config.model.name, "overrides": arguments.overrides, "err": plan.err, "keep": plan.keep}
     rates: dict[str, list[float]] = {}
     answers: dict[str, Answers] = {}
-    rounds = [(ONE, MANY)] * arguments.rounds + ([(WHOLE,)] if arguments.whole else [])
-    turns = [(scoring, how) for hows in rounds for how in hows for scoring in VERDICTS]
-    for scoring, how in [turn for turn in turns if ", ".join(turn) not in arguments.skip]:
+    for scoring, how in turns:
         rate, answers[f"{scoring}, {how}"] = ask(scoring, how, items)
         rates.setdefault(f"{scoring}, {how}", []).append(rate)
         write(arguments.out, figures(rates, answers) | shape, device)

@@ -29,8 +29,8 @@ from welore.bench import (
     apart,
     at_least,
     exit_status,
-    in_gib,
     measured,
+    memory,
     refuse_stand_in,
     stand_in_model,
     subject,
@@ -108,7 +108,7 @@ def best_of(pair: list[dict], most: int) -> dict | None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gib", type=in_gib, nargs="+", default=[2, 3], help="budgets")
+    parser.add_argument("--gib", type=memory, nargs="+", default=[2, 3], help="budgets")
     parser.add_argument(
         "--modes", nargs="+", default=["welore", "full", "lora", "galore"], help="options of conf/mode"
     )

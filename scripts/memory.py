@@ -20,7 +20,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from welore.bench import at_least, compressed, exit_status, in_gib, measured, write
+from welore.bench import at_least, compressed, exit_status, measured, memory, write
 from welore.cache import Cache
 from welore.config import Config, compose, to_config
 from welore.errors import Refused
@@ -47,7 +47,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=at_least(1), default=1, help="sequences of a pass")
     parser.add_argument("--length", type=at_least(2), default=1024, help="tokens of a sequence")
-    parser.add_argument("--gib", type=in_gib, nargs="*", default=[24, 48, 80], help="memories to fill with sequences")
+    parser.add_argument("--gib", type=memory, nargs="*", default=[24, 48, 80], help="memories to fill with sequences")
     parser.add_argument("--recompute", action="store_true", help="run every layer again for its gradient")
     parser.add_argument("--ranks", type=Path, help="ranks.json of a run with this model")
     parser.add_argument("--plan", choices=PLANS, help=f"a stand-in for ranks: {PLANS_HELP}")

@@ -24,9 +24,12 @@ CONFIGS = [
     *[
         (
             f"mode={mode} mode.alpha={alpha}",
-            [f"mode.alpha={shown} is no scale", "never train", "Write a number above 0"],
+            [f"mode.alpha={shown} is no scale", why, "Write a number above 0"],
         )
-        for mode, alpha, shown in (("lora", 0, "0.0"), ("dora", -4, "-4.0"), ("randlora", 0, "0"))
+        for mode, alpha, shown, why in (
+            *(("lora", 0, "0.0", "never train"), ("dora", -4, "-4.0", "is turned around")),
+            ("randlora", 0, "0", "never train"),
+        )
     ],
     ("mode=osf mode.frozen=1", ["mode.frozen=1.0 is not a share in (0, 1)"]),
     ("mode=osf mode.frozen=0", ["mode.frozen=0.0 is not a share in (0, 1)"]),

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from argparse import Namespace
@@ -20,7 +21,7 @@ from welore.shapes import PLANS
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import equal_memory
-from bench_questions import MANY, ONE, WHOLE, agreement, sample
+from bench_questions import MANY, ONE, WAYS, WHOLE, agreement, sample
 
 TINY = ("model=tiny", "trainer=cpu")
 UNKNOWN = "there is no option nonsense"
@@ -42,13 +43,22 @@ REFUSED = [
         (f"bench_lora mode={m}", f"mode={m} is not what stands beside it")
         for m in ("rslora", "welore", "dora", "none")
     ],
-    ("bench_lora mode.lora_on=merged", "mode.lora_on is merged, and what is compared has factors. Leave it out"),
-    ("bench_lora mode.norms=true", "mode.norms is True, and what is compared has false"),
-    ("bench_lora task.training.accumulate=2", "task.training.accumulate is 2, and what is compared has 1"),
-    ("bench_lora trainer.recompute=true", "trainer.recompute is True"),
-    ("bench_lora task.training.length=64", "task.training.length is 64, and what is compared has 256"),
+    (
+        "bench_lora mode.lora_on=merged",
+        "mode.lora_on=merged is of one alone, and what is compared has factors. Leave it out",
+    ),
+    ("bench_lora mode.norms=true", "mode.norms=true is of one alone, and what is compared has false"),
+    (
+        "bench_lora task.training.accumulate=2",
+        "task.training.accumulate=2 is of one alone, and what is compared has 1",
+    ),
+    ("bench_lora trainer.recompute=true", "trainer.recompute=true"),
+    ("bench_lora task.training.length=64", "task.training.length=64 is of one alone, and what is compared has 256"),
     ("bench_questions --questions=-1", "argument --questions: -1 is too small. Write 0 or more"),
     ("bench_questions --rounds=0", "argument --rounds: 0 is too small"),
+    ("bench_questions " + " ".join(f"--skip='{way}'" for way in WAYS), "--skip leaves nothing to ask"),
+    ("bench_steps --model=tiny -- prune=magnitude trainer=cpu", "prune=magnitude is not measured here"),
+    ("bench_steps --model=tiny --random -- prune=magnitude trainer=cpu err=0.5", "prune=magnitude is not measured"),
     ("bench_steps --tokens 0", "argument --tokens: 0 is too small. Write 2 or more"),
     ("bench_steps --tokens 256 300 --length 256", "--tokens 300 is no number of whole sequences of --length 256"),
     ("bench_steps --model=tiny -- svd=whitened trainer=cpu", "needs calibration"),
@@ -79,7 +89,7 @@ def figures(script, tmp_path, *arguments, overrides=TINY):
 
 def ended(script, monkeypatch):
     """The status of a script and its arguments that were run here as from a shell."""
-    script, *arguments = script.split()
+    script, *arguments = shlex.split(script)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as status:
         runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")

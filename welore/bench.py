@@ -63,7 +63,7 @@ def at_least(least: int) -> Callable[[str], int]:
     return whole_number
 
 
-def in_gib(text: str) -> float:
+def memory(text: str) -> float:
     """The type of an argument that is a memory."""
     if not (number := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"{text} GiB is no memory. Write a number above 0.")
@@ -81,6 +81,12 @@ def apart(command: Sequence[str]) -> dict:
     if done.returncode:
         raise SystemExit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def refuse_pruning(config: Config) -> None:
+    """What compresses here prunes nothing."""
+    if config.prune.prunes:
+        raise Refused(f"prune={config.prune.name} is not measured here, and would be left out. Write prune=none.")
 
 
 def refuse_calibration(config: Config) -> None:
@@ -106,6 +112,7 @@ def write(out: Path, found: dict, device: torch.device) -> None:
 def compressed(config: Config, device: torch.device, cache: Cache) -> tuple[nn.Module, dict]:
     """The model of a config, compressed, and what that took in time and in memory beside the model."""
     refuse_calibration(config)
+    refuse_pruning(config)
     model, _ = config.model.load(Path(config.outputs) / ".cache")
     model.to(device)
     coordinates = Coordinates(config.svd, weight_digests(model), cache)
@@ -146,6 +153,7 @@ def stand_in_model(config: Config, device: torch.device, multiple: int = 1, plan
     """Random weights in the shapes of a config's model, cut to a stand-in for ranks of its err: nothing is loaded."""
     if config.err is None:
         raise Refused(f"{config.asked} needs spectra, and random weights have none of use. Write err=0.5.")
+    refuse_pruning(config)
     model = drawn(sizes_of(config.model), config.model.dtype, device)
     if config.err:
         factor(model, stand_in(model, config.err, multiple, plan))

@@ -291,12 +291,10 @@ def adapted(model: PreTrainedModel, lora_on: str) -> list[str]:
 
 
 def check_alpha(alpha: float, instead: int) -> None:
-    """Refuse a scale of adapters at which they have no gradient."""
+    """Refuse a scale of adapters of 0, at which they have no gradient, or below, which turns what they add around."""
     if not alpha > 0:
-        raise Refused(
-            f"mode.alpha={alpha} is no scale of adapters: at 0 they add nothing and never train. Write a number above "
-            f"0, such as {instead}."
-        )
+        why = "they add nothing and never train" if alpha == 0 else "what they add is turned around"
+        raise Refused(f"mode.alpha={alpha} is no scale of adapters: {why}. Write a number above 0, such as {instead}.")
 
 
 def check_rank(mode: Mode, model: PreTrainedModel) -> None:
