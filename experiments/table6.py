@@ -1,12 +1,11 @@
 """Table 6: accuracy of dense and compressed models on six benchmarks, tuned by full, LoRA, GaLore and WeLore.
 
-Cost: laptop 12 runs and 29 that follow, a quarter of an hour or more each, and 277 offered; paper 270, never measured.
+Cost: laptop 12 runs and 29 that follow, 12 minutes or more each, and 277 offered; paper 270, never measured.
 
-At laptop scale the table is whole with CoinFlip at err 0, 0.3 and 0.5. The other rows are offered: a benchmark has 41
-runs, which is five hours or more of two cores. The factors are K-FAC's at WeLore's ranks there: with plain ones the
-small model is no language model any more, and the paper tunes models that it had trained on C4 before. Only the answer
-is trained, at paper scale the whole text, as published; and the learning rate of a mode on a benchmark is chosen on
-the model at err 0.3 alone.
+At laptop scale the table is whole with CoinFlip at err 0, 0.3 and 0.5. The other rows are offered, 41 runs for
+a benchmark. The factors are K-FAC's at WeLore's ranks there: with plain ones the small model is no language model any
+more, and the paper tunes models that it had trained on C4 before. Only the answer is trained, at paper scale the whole
+text, as published; and the learning rate of a mode on a benchmark is chosen on the model at err 0.3 alone.
 """
 
 from collections.abc import Sequence

@@ -179,7 +179,7 @@ def numbers(results: dict[str, dict[str, Any]], broken: set[str]) -> dict[str, f
     }
 
 
-def counts(samples: dict[str, list[dict[str, Any]]], numbers: dict[str, float | None]) -> dict[str, float]:
+def counts(samples: dict[str, list[dict[str, Any]]], told: dict[str, float | None]) -> dict[str, float]:
     """How many questions each task has, and of metrics that are a share of right answers how many those are, and the
     share's Wilson interval. The harness's own deviation is left out: it is one of the normal distribution."""
     found: dict[str, float] = {}
@@ -190,8 +190,8 @@ def counts(samples: dict[str, list[dict[str, Any]]], numbers: dict[str, float | 
             for metric in line["metrics"]:
                 by_metric.setdefault(_key(task, f"{metric},{line['filter']}"), []).append(line[metric])
         for key, values in by_metric.items():
-            verdicts = all(value in (0, 1) for value in values) and numbers.get(key) is not None
-            if verdicts and math.isclose(sum(values) / len(values), numbers[key]):  # some are aggregated otherwise
+            verdicts = all(value in (0, 1) for value in values) and told.get(key) is not None
+            if verdicts and math.isclose(sum(values) / len(values), told[key]):  # some are aggregated otherwise
                 low, high = wilson(sum(values), len(values))
                 found |= {f"{key}_correct": int(sum(values)), f"{key}_low": low, f"{key}_high": high}
     return found
