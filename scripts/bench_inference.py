@@ -1,8 +1,8 @@
 """Measure prefill and decoding of a compressed model against the dense one, beside what FLOPs and bytes allow.
 
 usage: python scripts/bench_inference.py [--model smollm2_135m] [--err 0.3 0.5] [--batch 1 4] [--prompt 512]
-           [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--random] [--compile] [--parts]
-           [--out FILE.json] [overrides]
+           [--decode 32] [--dtype float32] [--multiple 1] [--rounds 3] [--random [--plan even|paper]] [--compile]
+           [--parts] [--out FILE.json] [overrides]
        python scripts/bench_inference.py --rounds 0 --batch 1 --prompt 512 1024 2048 4096      memory alone
        python scripts/bench_inference.py --model llama2_7b --random --err 0.3 0.5 0.7          on a GPU
 
@@ -28,7 +28,16 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from welore.bench import apart, at_least, compressed, exit_status, refuse_calibration, stand_in_model, write
+from welore.bench import (
+    apart,
+    at_least,
+    compressed,
+    exit_status,
+    refuse_calibration,
+    refuse_stand_in,
+    stand_in_model,
+    write,
+)
 from welore.cache import Cache
 from welore.checkpoint import describe
 from welore.config import Config, compose, to_config
@@ -49,6 +58,7 @@ from welore.inference import (
 from welore.measure import GIB, give_back, peak_memory
 from welore.models import DTYPES, count_bytes
 from welore.ranks import Given
+from welore.shapes import EVEN, PLANS, PLANS_HELP
 
 DENSE, SMALL = "dense", "compressed"
 
@@ -58,7 +68,7 @@ def load(config: Config, device: torch.device, arguments: argparse.Namespace, er
     if arguments.random:
         config = deepcopy(config)
         config.err, config.model.dtype = err or 0.0, arguments.dtype
-        model = stand_in_model(config, device)
+        model = stand_in_model(config, device, plan=arguments.plan)
     elif err is None:
         model, _ = config.model.load(Path(config.outputs) / ".cache")
     else:
@@ -242,6 +252,7 @@ def parsed() -> argparse.Namespace:
         "--rounds", type=at_least(0), default=3, help="of each model on each shape, in turns; 0: no speed"
     )
     parser.add_argument("--random", action="store_true", help="random weights in the model's shapes")
+    parser.add_argument("--plan", choices=PLANS, default=EVEN, help=f"of the ranks, with --random: {PLANS_HELP}")
     parser.add_argument("--compile", action="store_true", help="measure behind torch.compile too")
     parser.add_argument("--parts", action="store_true", help="say what a prefill spends its time on")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_inference.json"), help="where the figures go")
@@ -256,6 +267,8 @@ def main() -> None:
     refuse_calibration(composed)
     if isinstance(composed.ranks, Given):
         raise Refused("ranks=given takes ranks from a file, and --err asks for shares of them. Write ranks=welore.")
+    if not arguments.random:
+        refuse_stand_in(1, arguments.plan)
     arguments.dtype = arguments.dtype or composed.model.dtype
     configs = {DENSE: composed}
     for err in arguments.err:
@@ -268,7 +281,7 @@ def main() -> None:
     kernels = tempfile.TemporaryDirectory()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = kernels.name
     how = {"model": composed.model.name, "random": arguments.random}
-    how |= {key: getattr(arguments, key) for key in ("dtype", "decode", "multiple")}
+    how |= {key: getattr(arguments, key) for key in ("dtype", "decode", "multiple", "plan")}
     found: dict = {"speed": [], "memory": {}} | how
     for row in speeds(arguments, configs, device) if arguments.rounds else ():
         found["speed"].append(row)

@@ -67,7 +67,7 @@ REFUSED = [
     ("equal_memory --multiple=8", "--multiple 8 is of a stand-in. Write --random too"),
     *[
         (f"{s} --plan=paper", "--plan paper is of a stand-in. Write --random too")
-        for s in ("bench_steps", "equal_memory")
+        for s in ("bench_inference", "bench_steps", "equal_memory")
     ],
     ("equal_memory --steps=0", "argument --steps: 0 is too small"),
     ("memory --batch=0", "argument --batch: 0 is too small"),
