@@ -20,10 +20,10 @@ import eight_bits as layout
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from welore.batches import Batches, training_rows
-from welore.cache import Cache
+from welore.batches import Batches, tokenizer_identity, training_rows
+from welore.cache import Cache, digest
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
 from welore.config import compose, to_config
 from welore.fit import fit
@@ -37,6 +37,7 @@ from welore.trainer import discard_checkpoints
 ROOT = Path(__file__).parent.parent
 # In the reason of a test that is skipped in CI.
 MAY_LACK = ("lm_eval", "there is a GPU", "needs a GPU", "needs bitsandbytes", "needs a C++ compiler")
+CORPUS = 100_000  # characters
 SIZES = dict(
     vocab_size=67,
     hidden_size=32,
@@ -79,6 +80,24 @@ def pytest_runtest_makereport(item, call):
         if not any(word in reason for word in MAY_LACK):
             report.outcome, report.longrepr = "failed", f"skipped, and WELORE_ALL is set: {reason}"
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def texts_encoded_once():
+    """Whole corpora, which take seconds, are encoded once a session: tests have caches of their own."""
+    encode, known = PreTrainedTokenizerBase.__call__, {}
+
+    def encode_once(tokenizer, text=None, *arguments, **options):
+        if not isinstance(text, list) or arguments or sum(map(len, text)) < CORPUS:
+            return encode(tokenizer, text, *arguments, **options)
+        key = digest(tokenizer_identity(tokenizer), repr(sorted(options.items())), *text)
+        if key not in known:
+            known[key] = encode(tokenizer, text, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(PreTrainedTokenizerBase, "__call__", encode_once)
+        yield
 
 
 @pytest.fixture(scope="session")
