@@ -100,6 +100,7 @@ QUICK = ("lora with dropout", "lisa")
 RUNS = [pytest.param(v, id=k, marks=[] if k in QUICK else [pytest.mark.slow]) for k, v in AGAIN.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("mode", AGAIN)
 def test_recomputation_changes_no_loss_and_no_gradient(mode, dtype, compressed, configured):
@@ -218,6 +219,7 @@ class Live(TorchDispatchMode):
         return found
 
 
+@pytest.mark.slow
 # Adapters of peft that are run again under autocast hold up to 9 % more than what is counted of them. On a virtual
 # weight they are float32 whatever the model is, and what they read is not counted: "lora merged" is left out.
 @pytest.mark.parametrize("recompute", [False, True])
