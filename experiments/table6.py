@@ -112,7 +112,7 @@ def generated() -> str:
     return (
         f"CoinFlip's puzzles are generated: yes is right for {train.count('yes')} of {len(train)} that are for "
         f"training and {test.count('yes')} of {len(test)} that are asked, no for the other {test.count('no')}; in the "
-        f"paper's file for 76 and 74. All names that are asked about occur in training; in the paper's file 7 of 600 do"
+        f"paper's file for 76 and 74. All names that are asked about occur in training, of the paper's 7 of 600"
     )
 
 
