@@ -147,7 +147,7 @@ def _surely_more(ours: Study, theirs: Study) -> bool | None:
         return None
     # Right answers to each question, over all seeds, as if both had as many.
     pairs = zip(zip(*one, strict=True), zip(*two, strict=True), strict=True)
-    by_questions = sign_flips([len(two) * sum(ours) - len(one) * sum(theirs) for ours, theirs in pairs]) < SURE
+    by_questions = sign_flips([len(two) * sum(a) - len(one) * sum(b) for a, b in pairs]) < SURE
     if len(one) == len(two) == 1:
         return by_questions
     first, second = ({row.cell["seed"]: _share(row) for row in study.runs} for study in (ours, theirs))

@@ -265,11 +265,9 @@ def surely_below(low: Study | None, high: Study | None) -> bool | None:
 
 def surely_positive(differences: Sequence[float]) -> bool | None:
     """By a t test, one-sided at 5 %; None of fewer than two."""
-    return (
-        None
-        if len(differences) < 2
-        else mean(differences) > t_quantile(len(differences) - 1) * standard_error(differences)
-    )
+    if len(differences) < 2:
+        return None
+    return mean(differences) > t_quantile(len(differences) - 1) * standard_error(differences)
 
 
 def standard_error(numbers: Sequence[float]) -> float:
