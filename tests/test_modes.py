@@ -154,6 +154,14 @@ def test_lora_changes_nothing_before_it_is_trained(compressed, configured, lora_
 
 
 @every_lora
+@pytest.mark.parametrize("mode", ["lora", "rslora", "dora"])
+def test_adapters_have_the_dtype_of_what_they_adapt(compressed, configured, mode, lora_on):
+    """A float32 adapter of a bfloat16 weight would keep a float32 copy of every input that it reads."""
+    found = select(compressed.bfloat16(), configured(f"mode={mode}", f"mode.lora_on={lora_on}").mode)
+    assert {parameter.dtype for parameter in found} == {torch.bfloat16}
+
+
+@every_lora
 def test_lora_adapts_the_factors_or_their_product(compressed, configured, lora_on):
     n_lrc = [n for n, m in components(compressed).items() if isinstance(m, nn.Linear)]
     lrc = [n for n, m in components(compressed).items() if isinstance(m, LowRankLinear)]

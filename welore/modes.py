@@ -234,7 +234,7 @@ class Lora(Adam):
 
     def prepare(self, model: PreTrainedModel) -> None:
         from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora.layer import Linear
+        from peft.tuners.lora.layer import Linear, LoraLayer
 
         check_rank(self, model)
         targets = adapted(model, self.lora_on)
@@ -246,6 +246,9 @@ class Lora(Adam):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft does not know LowRankLinear by name, and needs only its two sizes
             inject_adapter_in_model(config, model)
+        for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
+            if isinstance(base := layer.get_base_layer(), LowRankLinear):
+                layer.to(base.A.weight.dtype)  # peft takes the dtype of a weight, and float32 where it finds none
 
     def variant(self, model: PreTrainedModel, targets: list[str]) -> dict[str, Any]:
         return {}  # options of peft beyond those of plain LoRA
