@@ -21,7 +21,8 @@ def names() -> list[str]:
         name
         for name in found
         if re.fullmatch(
-            r"(v\d_)?(table|figure)\d+|equal_budget|ablation|who_learns|why_low_rank|recover|every_(mode|task)", name
+            r"(v\d_)?(table|figure)\d+|equal_budget|ablation|who_learns|why_low_rank|recover|rates|every_(mode|task)",
+            name,
         )
     )
 

@@ -56,8 +56,12 @@ def render(rows: Sequence[Row]) -> Page:
 
 
 def _place(study: Study) -> tuple[str, str]:
-    start = next(name for name, options in STARTS.items() if options.items() <= study.cell.items())
-    return str(study.cell["task.training.tokens"]), start
+    return str(study.cell["task.training.tokens"]), cut(study.cell)
+
+
+def cut(cell: Cell) -> str | None:
+    """Which of STARTS a cell is tuned from; None where it is no cell of this artefact."""
+    return next((name for name, options in STARTS.items() if {"keep": KEEP, **options}.items() <= cell.items()), None)
 
 
 def _figure(numbers: Numbers, model: str):

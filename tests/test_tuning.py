@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import every_mode, figure4, figure5, recover, table4, table5, table6, tuned, tuning, who_learns
+from experiments import every_mode, figure4, figure5, rates, recover, table4, table5, table6, tuned, tuning, who_learns
 from experiments.__main__ import gather, load, main
 from experiments.cells import Row, Runs, find, fingerprint_of, overrides_of
 from experiments.page import verdict
@@ -254,13 +254,13 @@ def test_the_quantiles_are_those_of_students_t():
         tuning.t_quantile(10)
 
 
-def whole(name, folder, perplexity):
+def whole(name, folder, perplexity, validation=None):
     """All rows of an artefact at laptop scale, with perplexities from a function of the cell; None: it diverged."""
     artefact = load(name)
 
     def row(cell):
-        value = perplexity(cell)
-        return diverged(cell) if value is None else made(folder, cell, value + cell["seed"])
+        value, held_out = perplexity(cell), validation and validation(cell)
+        return diverged(cell) if value is None else made(folder, cell, value + cell["seed"], held_out)
 
     return gather(artefact, "laptop", SimpleNamespace(find=lambda cells, needs: [row(cell) for cell in cells]))
 
@@ -394,6 +394,65 @@ def test_every_mode_is_drawn_by_what_it_trains(tmp_path):
     assert axis.lines[0].get_xydata().tolist() == [[10.0, 101.0]]
     save(page.figures[""], tmp_path / "picture.png")
     assert said(page)["tuning the LRCs alone is better than every other mode"].startswith("does not hold")
+
+
+def misled(cell):
+    """Few windows choose the highest rate of Muon; more of them the one that the test text prefers."""
+    if cell["mode"] == "muon" and rates.WINDOWS not in cell:
+        return 1.0 / cell["mode.lr"]
+    return best_at_default(cell)
+
+
+def test_a_grid_that_the_test_text_contradicts_runs_again_on_more_validation_text(tmp_path):
+    rows = whole("rates", tmp_path, best_at_default, misled)
+    again = [row.cell for row in rows if rates.WINDOWS in row.cell]
+    default = tuning.default_rate("muon", "laptop")
+    assert [cell["mode.lr"] / default for cell in again] == pytest.approx([0.25, 1, 4, 16, 64])
+    assert all(cell["mode"] == "muon" and cell["seed"] == 0 and cell[rates.WINDOWS] == 32 for cell in again)
+    followed = [row.cell for row in rows if row.cell["mode"] == "muon" and row.cell["seed"] and row.cell not in again]
+    assert sorted((cell["mode.lr"] / default, cell["seed"]) for cell in followed) == [(1, 1), (1, 2), (64, 1), (64, 2)]
+
+    page = rates.render(rows)
+    lines = {line[0]: line[1:] for line in page.body}
+    assert lines["muon"][1:3] == ["0.0005", "100.00"] and lines["muon"][3] == "0.032"
+    assert lines["muon"][6:] == ["0.0005", "100.00", "101.00 ± 0.58"]
+    assert lines["lora"][6:] == ["—"] * 3 and "lagrange + kfac" in lines
+    assert said(page) == {
+        "4 windows choose the rate that the test text prefers": "does not hold: muon",
+        "where they do not, 32 windows do": "holds (1 of 1)",
+        "where these choose another, its mean over seeds is lower": "holds (1 of 1)",
+        "the same, by a paired t test over seeds, p < 0.05": "holds (1 of 1)",
+    }
+    (axis,) = page.figures[""].axes
+    assert axis.get_title() == "muon" and len(axis.lines) == 3
+    save(page.figures[""], tmp_path / "picture.png")
+
+
+def test_rates_that_the_test_text_agrees_with_are_not_run_again(tmp_path):
+    rows = whole("rates", tmp_path, best_at_default)
+    assert not any(rates.WINDOWS in row.cell for row in rows)
+    page = rates.render(rows)
+    assert page.figures == {} and said(page)["4 windows choose the rate that the test text prefers"].startswith(
+        "holds"
+    )
+
+
+def test_rates_that_are_missing_are_said(tmp_path):
+    rows = [Row(cell, why="never run") for cell in rates.cells("laptop")]
+    page = rates.render(rows)
+    assert all("missing" in line for line in page.body) and page.figures == {}
+    assert not any(verdict(claim.ours).startswith(("holds", "does")) for claim in page.claims)
+
+
+def test_more_validation_text_trains_the_same_model(tmp_path):
+    shared = {"model": "tiny", "task": "sotu", "task/protocol": "smoke", "task/training": "smoke", "mode": "welore"}
+    where = ["trainer=cpu", "logger=none", "save=false", "trainer.progress=false", f"outputs={tmp_path}"]
+    for name, cell in {"few": shared, "more": shared | {rates.WINDOWS: 8} | rates.ONCE}.items():
+        run(to_config(compose([*overrides_of(cell), *where])), tmp_path / name)
+    found = {folder.name: record.metrics["tuned/perplexity"] for folder, record in records(tmp_path)}
+    assert found["few"] == found["more"]
+    held_out = [tuning.validation(Row(shared, tmp_path / name)) for name in ("few", "more")]
+    assert held_out[0] != held_out[1]
 
 
 def test_table_6_tunes_every_model_at_the_rate_that_a_mode_has_chosen_at_err_03(tmp_path):
