@@ -14,7 +14,8 @@ from welore.report import number
 
 COLUMNS = ["err", "keep", "parameters", "dense", "untuned", "tuned", "seeds", "learning rate", "best at the edge"]
 COLUMNS += ["trained", "tokens", "MFLOPs/token", "training MFLOPs/token", "tokens/s", "peak GiB", "optimizer MB"]
-COLUMNS += ["device", "flag"]
+COLUMNS += ["evaluation peak GiB", "device", "flag"]
+AFTER_SEEDS = len(COLUMNS) - COLUMNS.index("seeds")
 NOTES = [
     f"learning rate: the one with the least validation perplexity at the end, on seed 0; the other seeds run at it. "
     f"Tried: {', '.join(f'{factor:g}' for factor in FACTORS)} times the mode's default, and while the best was the "
@@ -26,6 +27,9 @@ NOTES = [
     "MFLOPs/token: of the first forward and backward pass of the run, in products as torch counts them: the optimizer "
     "is not in it, nor on a CPU is attention. Older records and those of several processes lack it; "
     "scripts/step_flops.py counts it for every mode",
+    "tokens/s: of the median step, in brackets with padding where there is any. Peak GiB: of the training steps, in "
+    "brackets what torch reserved for them on a GPU; and of the evaluation of the tuned model. On a CPU that is the "
+    "resident memory of the process",
     "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
 ]
 
@@ -38,10 +42,10 @@ def values(study: Study) -> list[str]:
     seeds, partial, study = study.seeds, study.missing, study.so_far
     row = study.first
     if row is None:
-        return [*["—"] * 5, "missing" if study.missing else "diverged", *["—"] * 11, study.flag]
+        return [*["—"] * 5, "missing" if study.missing else "diverged", *["—"] * (AFTER_SEEDS - 1), study.flag]
     line = [*budget(row), number(row.number(metrics.DENSE_PERPLEXITY), 2), _written(study.untuned)]
     if study.missing:
-        return [*line, "missing", *["—"] * 11, ""]
+        return [*line, "missing", *["—"] * (AFTER_SEEDS - 1), ""]
     error = "" if study.error is None else f" ± {study.error:,.2f}"
     chosen = "—" if study.chosen is None else f"{study.chosen:g}"
     grid = ", ".join(f"{rate:g}" for rate in sorted(study.grid))
@@ -66,11 +70,18 @@ def _cost(row: Row) -> list[str]:
         "—" if trained is None else f"{trained / 1e6:,.2f}M",
         number(row.found(metrics.FIT_TOKENS), 0),
         *[_millions(row.found(metric)) for metric in (metrics.FLOPS_PER_TOKEN, metrics.FIT_FLOPS_PER_TOKEN)],
-        number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0),
-        number(taken(row, metrics.TRAIN_PEAK_GIB), 2),
+        _and(number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0), row.found(metrics.FIT_PADDED_TOKENS_PER_SECOND), 0),
+        _and(number(taken(row, metrics.TRAIN_PEAK_GIB), 2), row.found(metrics.FIT_RESERVED_GIB), 2),
         number(None if optimizer is None else optimizer / 1e6, 1),
+        number(row.found(metrics.EVAL_PEAK_GIB), 2),
         _device(row),
     ]
+
+
+def _and(text: str, other: float | None, digits: int) -> str:
+    """The number with another in brackets, where that is there and reads otherwise."""
+    beside = number(other, digits)
+    return text if beside in ("—", text) else f"{text} ({beside})"
 
 
 def _millions(flops: float | None) -> str:

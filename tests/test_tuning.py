@@ -152,6 +152,16 @@ def test_a_mean_over_seeds_with_its_standard_error(tmp_path):
     assert (values["untuned"], values["dense"], values["flag"]) == ("500.00", "30.00", "—")
 
 
+def test_padding_and_reserved_memory_stand_beside_what_they_are_larger_than(tmp_path):
+    more = {"fit/padded_tokens_per_second": 512.4, "fit/reserved_gib": 2.75, "eval/peak_gib": 1.5}
+    rows = [made(tmp_path, cell, 100.0 + i, **more) for i, cell in enumerate(tuning.grid(START))]
+    values = dict(zip(tuned.COLUMNS, tuned.values(studies(rows)[0]), strict=True))
+    assert values["tokens/s"] == "400 (512)" and values["peak GiB"] == "2.00 (2.75)"
+    assert values["evaluation peak GiB"] == "1.50"
+    unpadded = [made(tmp_path, row.cell, 100.0, **{"fit/padded_tokens_per_second": 400.0}) for row in rows]
+    assert dict(zip(tuned.COLUMNS, tuned.values(studies(unpadded)[0]), strict=True))["tokens/s"] == "400"
+
+
 def test_what_newer_records_say_of_optimizer_and_flops_is_taken_as_it_is(tmp_path):
     state = {"fit/state_gib": 90_000_000 / 2**30, "fit/optimizer_gib": 64_000_000 / 2**30}
     newer = state | {"fit/flops_per_token": 521_353_044.9}
