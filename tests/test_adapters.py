@@ -1,11 +1,13 @@
 """Every adapter and part starts as the compressed model and ends as LRC and N-LRC that compute what was trained."""
 
 import re
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
+from welore.evaluate import _logits_are_linear, causal_loss
 from welore.lowrank import LowRankLinear, balanced, singular
 from welore.models import components
 from welore.modes import component_parameters, select
@@ -109,7 +111,16 @@ def test_mica_trains_a_and_its_outputs_are_the_smallest_singular_directions(comp
         torch.testing.assert_close((up_MR @ up_MR.T).double(), projector, rtol=0, atol=1e-3)
 
 
-def test_osf_freezes_the_top_of_every_rank_and_keeps_gradients_out_of_it(compressed, configured):
+@pytest.mark.parametrize("plain", [True, False])
+def test_osf_freezes_the_top_of_every_rank_and_keeps_gradients_out_of_it(compressed, configured, plain):
+    """Also of factors that are not in the singular directions of their weight, as those of K-FAC are not."""
+    for module in components(compressed).values() if not plain else []:
+        if isinstance(module, LowRankLinear):
+            mixed = torch.eye(module.rank) + 0.1 * torch.randn(
+                module.rank, module.rank, generator=torch.Generator().manual_seed(0)
+            )
+            module.A.weight.data @= mixed
+            module.B.weight.data = torch.linalg.solve(mixed, module.B.weight.data)
     lrc = {n: m.merged().weight.double() for n, m in components(compressed).items() if isinstance(m, LowRankLinear)}
     before = ranks(compressed)
     mode = configured("mode=osf", "mode.frozen=0.25").mode
@@ -127,6 +138,26 @@ def test_osf_freezes_the_top_of_every_rank_and_keeps_gradients_out_of_it(compres
         assert inside.norm() < 0.02 * change.norm() + 1e-7
         moved += change.norm() > 0
     assert moved == len(lrc)
+
+
+def test_the_random_matrices_of_randlora_follow_the_seed(compressed, configured):
+    bases = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = deepcopy(compressed)
+        select(model, configured("mode=randlora", "mode.rank=8").mode)
+        bases.append(next(b for n, b in model.named_buffers() if "randlora_A" in n))
+    assert torch.equal(bases[0], bases[1]) and not torch.equal(bases[0], bases[2])
+
+
+@pytest.mark.parametrize("mode", ["pissa", "lora", "dora"])
+def test_dropout_of_adapters_leaves_the_loss_in_chunks(compressed, configured, mode):
+    select(compressed.train(), configured(f"mode={mode}", "mode.dropout=0.3").mode)
+    before = torch.get_rng_state()
+    causal_loss(compressed)
+    assert torch.equal(torch.get_rng_state(), before) and compressed.training
+    assert all(module.training for module in compressed.modules())
+    assert _logits_are_linear(compressed, compressed.get_output_embeddings())
 
 
 def test_lora_plus_gives_b_its_own_learning_rate_and_float32_masters(compressed, configured):

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from welore import measure
 from welore.fit import Whole
@@ -66,6 +67,17 @@ def test_products_are_counted_forward_and_backward():
     assert flops.total == 2 * 2 * 7 * 3 * 5
     x @ W.T
     assert flops.total == 2 * 2 * 7 * 3 * 5
+
+
+def test_the_count_is_that_of_torch_without_attention(monkeypatch):
+    """On a CPU there is no formula for fused attention; one is given here, as GPUs have it."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    monkeypatch.setitem(measure.flop_registry, fused, lambda *arguments, **options: 10**9)
+    x, W = torch.ones(2, 4, 8, 16), torch.ones(16, 16)
+    with FlopCounterMode(display=False) as torchs, Flops() as ours:
+        torch.nn.functional.scaled_dot_product_attention(x @ W, x, x)
+    assert ours.total == 2 * 2 * 4 * 8 * 16 * 16
+    assert torchs.get_total_flops() == ours.total + 10**9
 
 
 def test_a_product_that_no_formula_fits_is_computed_and_makes_the_count_unknown(monkeypatch):

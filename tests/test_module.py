@@ -65,6 +65,20 @@ def test_counting_changes_no_number(compressed, train, tmp_path, monkeypatch, mo
     assert all(torch.equal(a, b) for a, b in zip(compressed.parameters(), other.parameters(), strict=True))
 
 
+def test_no_gradient_is_there_when_a_step_begins(compressed, train, monkeypatch):
+    """Lightning leaves those of a step until the forward pass of the next is done, beside all that this one saves."""
+    held, forward = [], module.Tuner.training_step
+
+    def counted(tuner, batch, index):
+        held.append(sum(p.grad is not None for p in tuner.parameters()))
+        return forward(tuner, batch, index)
+
+    monkeypatch.setattr(module.Tuner, "training_step", counted)
+    two = ("task.training.steps=3", "task.training.batch=2", "task.training.accumulate=2")
+    trained = len(list(train(compressed, "mode=full", *two).parameters_to_train))
+    assert held == [0, trained] * 3
+
+
 def test_training_lowers_the_loss(compressed, train, tmp_path):
     train(
         compressed, "task.training.steps=30", "task.training.lr=5e-3", "task.training.validate_every=15", "mode=full"

@@ -168,7 +168,10 @@ class Inserted(Adam):
 
 @dataclass
 class RandLora(Inserted):
-    """Train the diagonals of a sum of frozen random products of rank `rank`: the higher, the fewer parameters."""
+    """Train the diagonals of a sum of frozen random products of rank `rank`: the higher, the fewer parameters.
+
+    The random matrices follow the seed that torch was given last, which before a training is that of the run.
+    """
 
     rank: int
     alpha: int
@@ -192,6 +195,7 @@ class RandLora(Inserted):
 
         check_rank(self, model)
         options = dict(r=self.rank, randlora_alpha=self.alpha, randlora_dropout=self.dropout)
+        options["projection_prng_key"] = torch.initial_seed()
         self.inject(model, RandLoraConfig(target_modules=adapted(model, "factors"), **options))
 
 
@@ -200,10 +204,11 @@ class Osf(Inserted):
     """Freeze the largest singular directions of every weight and train the others, with gradients orthogonal to them.
 
     `frozen` is a share of the rank that the rank map gives a weight: R for an LRC, the shorter side for an N-LRC. It
-    holds in both factors of an LRC, whose directions are those of the weight (factors are balanced), so that training
-    leaves its rank at R. What compression has removed does not come back.
+    holds in both factors of an LRC, which are balanced first, so that their directions are those of the weight, and
+    training leaves its rank at R. What compression has removed does not come back.
     """
 
+    refactors = True
     frozen: float
 
     PARTS = (".osf_svd_params.",)
@@ -216,6 +221,7 @@ class Osf(Inserted):
     def prepare(self, model: PreTrainedModel) -> None:
         from peft import OSFConfig
 
+        _balance(model)
         targets, frozen = [], {}
         for name in adapted(model, "factors"):
             layer = model.get_submodule(name)
@@ -225,3 +231,12 @@ class Osf(Inserted):
                 frozen[f"^{re.escape(name)}$"] = min(max(round(self.frozen * rank), 1), rank - 1)
         if targets:
             self.inject(model, OSFConfig(target_modules=targets, rank_pattern=frozen))
+
+
+@torch.no_grad()
+def _balance(model: PreTrainedModel) -> None:
+    """Write every LRC in its singular directions, which its factors are not in unless they are plain."""
+    for name, module in components(model).items():
+        if isinstance(module, LowRankLinear):
+            factors = balanced(module.A.weight, module.B.weight, module.rank, module.A.weight.dtype)
+            replace(model, name, LowRankLinear.of(*factors, module.A.bias))

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from welore.cache import Cache, whole
@@ -29,7 +28,7 @@ from welore.explain import explain
 from welore.fit import recomputed
 from welore.inference import head_size
 from welore.lowrank import LowRankLinear
-from welore.measure import GIB, give_back, peak_memory, seconds, synchronize
+from welore.measure import GIB, Flops, give_back, peak_memory, seconds, synchronize
 from welore.memory import Footprint, Step, predict
 from welore.models import components, count_bytes
 from welore.modes import Mode, select
@@ -209,18 +208,20 @@ class Steps:
     def flops(self) -> dict[str, float]:
         """Of a token in the forward and the backward pass of the first step: products of matrices, as torch runs them.
 
-        Elementwise work, the optimizer and what a CPU does for attention are not in it. The gradient of the inputs of
-        the head counts as forward, where the loss forms it.
+        Elementwise work, attention and the optimizer are not in it. The gradient of the inputs of the head counts as
+        forward, where the loss forms it.
         """
         with self._attached():
             self.mode.begin_step(0, self.optimizer)
-            with FlopCounterMode(display=False) as forward:
+            with Flops() as forward:
                 loss = self._forward()
-            with FlopCounterMode(display=False) as backward:
+            with Flops() as backward:
                 loss.backward()
             self.optimizer.zero_grad()
-        counted = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
-        return {phase: flops / self.ids_BL.numel() for phase, flops in counted.items()}
+        return {
+            "forward": forward.total / self.ids_BL.numel(),
+            "backward": backward.total / self.ids_BL.numel(),
+        }
 
     @contextmanager
     def _attached(self) -> Iterator[None]:

@@ -76,8 +76,8 @@ def frozen_weights_in(model: PreTrainedModel, dtype: str | None) -> Iterator[Non
     """Cast the weights of frozen linear layers to the autocast dtype once, and give them back unchanged at the end.
 
     Autocast would cast them again in every step, and keep each cast until the backward pass has used it: the same
-    numbers to the bit, the same peak memory, and less time. Tied weights are left alone, for embeddings do not run in
-    the autocast dtype.
+    numbers to the bit, in less time, at the same peak of memory unless layers are run again, where the casts of one
+    layer at a time would do. Tied weights are left alone, for embeddings do not run in the autocast dtype.
     """
     shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     frozen = [
@@ -128,12 +128,23 @@ def _hidden(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
 @torch.no_grad()
 def _logits_are_linear(model: PreTrainedModel, head: nn.Linear) -> bool:
     ids_BL = torch.arange(4, device=head.weight.device)[None]
-    hidden_BLD = _hidden(model, ids_BL)
+    with _without_dropout(model):
+        hidden_BLD, logits_BLV = _hidden(model, ids_BL), model(input_ids=ids_BL, use_cache=False).logits
     if hidden_BLD.shape[-1] != head.in_features:
         return False
-    return torch.allclose(
-        head(hidden_BLD), model(input_ids=ids_BL, use_cache=False).logits, rtol=1e-3, atol=1e-3, equal_nan=True
-    )
+    return torch.allclose(head(hidden_BLD), logits_BLV, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+@contextmanager
+def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """Two passes are alike inside, and draw nothing; each layer is left in the training state that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,12 @@ class GaLoreAdamW(Float32Masters, _GaLoreAdamW):
     The projection is taken from the gradient every `gap` steps, from the first on, and the update is multiplied by
     `scale`. A vector, or a matrix whose shorter side is at most `rank`, has nothing to project: it is stepped by plain
     AdamW at the same effective rate lr x scale (the reference code leaves out the scale there, which lets thin factors
-    move 1 / scale times as fast as the rest). Every state is a tensor, so checkpoints load with `weights_only=True`
-    and a run resumes to the bit.
+    move 1 / scale times as fast as the rest).
+
+    `eps` is added behind the bias correction, as in the paper and in torch's AdamW; the reference code adds it before,
+    where it weighs up to 32 times as much in the first steps. Gradients of all weights are there at once, where the
+    reference code can step each weight as soon as its gradient is there. Every state is a tensor, so checkpoints load
+    with `weights_only=True` and a run resumes to the bit.
     """
 
     plain = {"rank": math.inf, "scale": 1.0}

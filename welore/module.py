@@ -90,6 +90,8 @@ class Tuner(LightningModule):
     def on_train_batch_end(self, outputs, batch, index) -> None:
         if (index + 1) % self.training_config.accumulate:
             return
+        # Lightning does so between the next two passes: until then gradients would lie beside all that is saved.
+        self.optimizers(use_pl_optimizer=False).zero_grad(set_to_none=True)
         self.log(metrics.TRAIN_LOSS.key, self._step_loss, prog_bar=True, sync_dist=processes.count() > 1)
         self.log(metrics.TRAIN_LR.key, self.learning_rate)
         self.log(metrics.TRAIN_TOKENS.key, float(self.tokens_seen))
@@ -102,7 +104,8 @@ class Tuner(LightningModule):
     def on_train_start(self) -> None:
         if self.random:
             torch.set_rng_state(self.random[0].cpu())
-            torch.cuda.set_rng_state_all([state.cpu() for state in self.random[1:]])
+            if self.device.type == "cuda" and len(self.random) > 1:
+                torch.cuda.set_rng_state(self.random[1].cpu(), self.device)
         with peak_memory(self.device) as self.peak:
             self.model.train()
 
@@ -148,7 +151,8 @@ class Tuner(LightningModule):
         checkpoint["base"] = self.base
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["flops_per_token"] = self.flops_per_token
-        checkpoint["random"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]  # for dropout
+        on_gpu = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        checkpoint["random"] = [torch.get_rng_state(), *on_gpu]  # for dropout
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen, self.random = checkpoint["tokens_seen"], checkpoint["random"]
