@@ -36,6 +36,7 @@ from welore.bench import (
     refuse_calibration,
     refuse_stand_in,
     stand_in_model,
+    stand_in_ranks,
     write,
 )
 from welore.cache import Cache
@@ -98,9 +99,10 @@ def speeds(arguments: argparse.Namespace, configs: dict[str, Config], device: to
     for name, config in configs.items():
         if name == DENSE:
             continue
+        models = small = None  # those of the err before make room
+        give_back(device)
         small = load(config, device, arguments, config.err)
         models = base | with_fused(SMALL, small, arguments.multiple)
-        del small
         for batch in arguments.batch:
             for length in arguments.prompt:
                 yield {"err": config.err} | compare(models, batch, length, arguments)
@@ -272,7 +274,9 @@ def main() -> None:
     arguments.dtype = arguments.dtype or composed.model.dtype
     configs = {DENSE: composed}
     for err in arguments.err:
-        configs[f"err {err:g}"] = replace(composed, err=err, keep=None, bytes=None, flops=None)
+        configs[f"err {err:g}"] = config = replace(composed, err=err, keep=None, bytes=None, flops=None)
+        if arguments.random:
+            stand_in_ranks(config, plan=arguments.plan)
     device = composed.trainer.place()
     if arguments.only:
         print(json.dumps(memory(arguments, device)))

@@ -37,7 +37,8 @@ from welore.bench import (
     write,
 )
 from welore.config import Config, compose, to_config
-from welore.measure import GIB, give_back
+from welore.errors import Refused
+from welore.measure import capacity, give_back
 from welore.memory import Step, largest_batch, refuse_unforeseen
 from welore.modes import select
 from welore.shapes import EVEN, PLANS, PLANS_HELP
@@ -68,8 +69,7 @@ def one(arguments: argparse.Namespace, mode: str, gib: float, recompute: bool) -
     if largest == 0 or arguments.predict:
         return {"largest batch": largest}
     if device.type == "cuda":
-        share = gib * GIB / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+        torch.cuda.set_per_process_memory_fraction(gib / capacity(device))
     batch = min(largest, arguments.most or largest)
     while batch > 0:
         found = tried(arguments, config, device, replace(step, batch=batch), model)
@@ -140,6 +140,8 @@ def main() -> None:
         if not arguments.predict:
             mode.check_machine()
     device = configured(arguments, arguments.modes[0]).trainer.place()
+    if not arguments.predict and max(arguments.gib) > (there := capacity(device)):
+        raise Refused(f"--gib {max(arguments.gib):g} is more than the {there:.1f} GiB here. Write less, or --predict.")
     run = partial(one, arguments) if device.type == "cuda" else alone
     shape = {key: getattr(arguments, key) for key in SHAPE}
     rows: list[dict] = []

@@ -69,6 +69,10 @@ REFUSED = [
         (f"{s} --plan=paper", "--plan paper is of a stand-in. Write --random too")
         for s in ("bench_inference", "bench_steps", "equal_memory")
     ],
+    (
+        "bench_inference --model=llama2_7b --random --plan=paper --err 0.5 0.3 -- trainer=cpu",
+        "at err=0.5, not for err=0.3 and weights of 4096 ranks. Ask for err 0.5 alone",
+    ),
     ("equal_memory --steps=0", "argument --steps: 0 is too small"),
     ("memory --batch=0", "argument --batch: 0 is too small"),
     ("memory --length=1", "argument --length: 1 is too small. Write 2 or more"),
@@ -120,6 +124,13 @@ def test_eight_bits_are_measured_nowhere_before_it_is_said_that_they_need_a_gpu(
     assert ended(f"equal_memory --modes welore full_8bit {overrides}", monkeypatch) == 2
     found = capfd.readouterr()
     assert found.out == "" and "mode=full_8bit keeps its moments in 8 bits, which needs a GPU" in found.err
+
+
+def test_a_budget_beyond_the_card_is_refused_before_anything_is_measured(monkeypatch, capfd):
+    monkeypatch.setattr("welore.measure.capacity", lambda device: 79.25)
+    assert ended("equal_memory --random --gib 24 80 -- model=llama2_7b err=0.5 trainer=cpu", monkeypatch) == 2
+    found = capfd.readouterr()
+    assert found.out == "" and "--gib 80 is more than the 79.2 GiB here. Write less, or --predict" in found.err
 
 
 def test_the_measurement_of_a_process_that_failed_or_was_killed_is_none(capfd):

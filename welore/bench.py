@@ -36,7 +36,7 @@ from welore.provenance import commit, environment
 from welore.ranks import Plan
 from welore.records import Record
 from welore.rounds import compress
-from welore.shapes import EVEN, drawn, factor, sizes_of, stand_in
+from welore.shapes import EVEN, drawn, factor, on_meta, sizes_of, stand_in
 
 # Of AdamW: fused, as we run it, and a loop over the parameters, as it was before.
 IMPLEMENTATIONS = {"fused": {"foreach": None, "fused": True}, "loop": {"foreach": False, "fused": False}}
@@ -150,13 +150,20 @@ def as_a_run(config: Config, device: torch.device, cache: Cache) -> tuple[PreTra
 
 def stand_in_model(config: Config, device: torch.device, multiple: int = 1, plan: str = EVEN) -> PreTrainedModel:
     """Random weights in the shapes of a config's model, cut to a stand-in for ranks of its err: nothing is loaded."""
+    ranks = stand_in_ranks(config, multiple, plan)
+    model = drawn(sizes_of(config.model), config.model.dtype, device)
+    if ranks:
+        factor(model, ranks)
+    return model
+
+
+def stand_in_ranks(config: Config, multiple: int = 1, plan: str = EVEN) -> dict[str, int | None]:
+    """Of the stand-in for a config; empty at err=0. What cannot be known is refused here, before weights are drawn."""
     if config.err is None:
         raise Refused(f"{config.asked} needs spectra, and random weights have none of use. Write err=0.5.")
     refuse_pruning(config)
-    model = drawn(sizes_of(config.model), config.model.dtype, device)
-    if config.err:
-        factor(model, stand_in(model, config.err, multiple, plan))
-    return model
+    bare = on_meta(sizes_of(config.model), config.model.dtype)
+    return stand_in(bare, config.err, multiple, plan) if config.err else {}
 
 
 def refuse_stand_in(multiple: int, plan: str) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +56,13 @@ class Peak:
         """Both peaks on a GPU; on a CPU the resident memory, as `allocated`."""
         found = {allocated.key: self.gib, reserved.key: self.reserved_gib}
         return {key: gib for key, gib in found.items() if gib is not None}
+
+
+def capacity(device: torch.device) -> float:
+    """GiB that torch may take of a device: a card of "80 GB" has less than 80. On a CPU nothing is enforced."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return math.inf
 
 
 def give_back(device: torch.device) -> None:

@@ -113,7 +113,7 @@ def _cuts(weights: dict[str, nn.Linear], err: float, plan: str) -> dict[str, Cut
     if err != SPLIT_ERR or len(ranks) > 1:
         raise Refused(
             f"the plan of the paper is known for LLaMA-2's shapes at err={SPLIT_ERR}, not for err={err:g} and weights "
-            f"of {', '.join(map(str, sorted(ranks)))} ranks. Write --plan even."
+            f"of {', '.join(map(str, sorted(ranks)))} ranks. Ask for err {SPLIT_ERR:g} alone, or write --plan even."
         )
     return SPLIT
 
