@@ -15,6 +15,7 @@ from welore.report import number
 COLUMNS = ["err", "keep", "parameters", "dense", "untuned", "tuned", "seeds", "learning rate", "best at the edge"]
 COLUMNS += ["trained", "tokens", "MFLOPs/token", "training MFLOPs/token", "tokens/s", "peak GiB", "optimizer MB"]
 COLUMNS += ["evaluation peak GiB", "device", "flag"]
+COSTS = COLUMNS[COLUMNS.index("trained") : COLUMNS.index("device")]  # left out where no record has any
 AFTER_SEEDS = len(COLUMNS) - COLUMNS.index("seeds")
 NOTES = [
     f"learning rate: the one with the least validation perplexity at the end, on seed 0; the other seeds run at it. "
@@ -30,7 +31,10 @@ NOTES = [
     "tokens/s: of the median step, in brackets with padding where there is any. Peak GiB: of the training steps, in "
     "brackets what torch reserved for them on a GPU; and of the evaluation of the tuned model. On a CPU that is the "
     "resident memory of the process",
-    "did not train: diverged, broken, not below a guess among all tokens, or not below the untuned model",
+    "did not train: diverged, broken, not below the untuned model, or not below a guess among all tokens or by the "
+    "frequencies of training tokens, which older records do not hold",
+    "a seed orders the training text: what seeds confirm is so on this test text, and another may order otherwise "
+    "modes that are a few percent apart",
 ]
 
 Numbers = dict[tuple[str, str], float | None]  # by place and column
@@ -55,7 +59,7 @@ def values(study: Study) -> list[str]:
         seeds,
         f"{chosen} of {grid}",
         study.edge,
-        *_cost(row),
+        *_cost(row, [run for run in study.rows if run.record]),
         "—" if partial else study.flag or "—",
     ]
 
@@ -64,12 +68,15 @@ def _written(perplexity: float | None) -> str:
     return "NaN" if perplexity is not None and math.isnan(perplexity) else number(perplexity, 2)
 
 
-def _cost(row: Row) -> list[str]:
+def _cost(row: Row, runs: Sequence[Row]) -> list[str]:
+    """Of one run; FLOPs, which all seeds share, of the first of `runs` whose record holds them."""
+    counted = next((found for run in runs if (found := run.found(metrics.FIT_FLOPS_PER_TOKEN))), None)
     trained, optimizer = row.found(metrics.TRAINABLE_PARAMETERS), optimizer_bytes(row)
     return [
         "—" if trained is None else f"{trained / 1e6:,.2f}M",
         number(row.found(metrics.FIT_TOKENS), 0),
-        *[_millions(row.found(metric)) for metric in (metrics.FLOPS_PER_TOKEN, metrics.FIT_FLOPS_PER_TOKEN)],
+        _millions(row.found(metrics.FLOPS_PER_TOKEN)),
+        _millions(counted),
         _and(number(row.found(metrics.FIT_TOKENS_PER_SECOND), 0), row.found(metrics.FIT_PADDED_TOKENS_PER_SECOND), 0),
         _and(number(taken(row, metrics.TRAIN_PEAK_GIB), 2), row.found(metrics.FIT_RESERVED_GIB), 2),
         number(None if optimizer is None else optimizer / 1e6, 1),
@@ -130,7 +137,10 @@ def page(
 ) -> Page:
     """A line a study, behind the labels that `head` names; figures are the caller's, where all is there."""
     body = [[*labels, *values(study)] for labels, study in lines]
-    return Page([*head, *COLUMNS], body, [*notes, *NOTES, *measured(rows)], claims, {}, claimant)
+    header = [*head, *COLUMNS]
+    kept = [i for i, title in enumerate(header) if title not in COSTS or any(line[i] != "—" for line in body)]
+    body = [[line[i] for i in kept] for line in body]
+    return Page([header[i] for i in kept], body, [*notes, *NOTES, *measured(rows)], claims, {}, claimant)
 
 
 def value(study: Study | None, metric: metrics.Metric) -> float | None:

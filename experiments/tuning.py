@@ -208,6 +208,8 @@ class Study:
             return "perplexity too large for a number" if row.breaks_at is None else f"breaks in {row.breaks_at}"
         if row.perplexity >= VOCABULARY.get(self.cell["model"], math.inf):
             return "at chance"
+        if row.perplexity >= (row.found(metrics.EVAL_FREQUENCY_PERPLEXITY) or math.inf):
+            return "no better than token frequencies"
         return "no better than untuned" if row.perplexity >= self.untuned else None
 
 

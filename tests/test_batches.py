@@ -1,10 +1,11 @@
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from welore.batches import Batches, Rows, evaluation_windows, training_rows
+from welore.batches import Batches, Rows, evaluation_windows, frequency_perplexity, training_rows
 from welore.errors import Refused
 from welore.loss import IGNORED
 from welore.models import byte_tokenizer
@@ -208,3 +209,12 @@ def test_a_protocol_takes_documents_as_they_are_or_without_empty_ones(
     )
     windows_BL = evaluation_windows(task.task, tokenizer, cache)
     assert tokenizer.decode(windows_BL.flatten().tolist()) == joined
+
+
+def test_token_frequencies_predict_by_how_often_each_token_came():
+    rows = Rows.padded([[0, 0, 0, 1], [1, 2]], 4, pad=3)  # padding is no token
+    windows_BL = torch.tensor([[5, 0, 1], [2, 2, 3]])
+    share = {token: (count + 0.1) / (6 + 0.6) for token, count in {0: 3, 1: 2, 2: 1, 3: 0}.items()}
+    mean = -sum(math.log(share[token]) for token in (0, 1, 2, 3)) / 4
+    assert frequency_perplexity(rows, windows_BL, 6) == pytest.approx(math.exp(mean))
+    assert frequency_perplexity(rows, windows_BL, 4) == frequency_perplexity(rows, windows_BL, 6)

@@ -196,6 +196,23 @@ def test_a_seed_that_is_missing_leaves_a_study_open(tmp_path):
     assert opened.missing and opened.perplexity is None and "1 of 2" in tuned.values(opened)
 
 
+def test_a_model_that_knows_token_frequencies_and_no_more_did_not_train(tmp_path):
+    rows = [made(tmp_path, cell, 450.0, **{"eval/frequency_perplexity": 440.0}) for cell in tuning.grid(START)]
+    assert studies(rows)[0].flag == "did not train: no better than token frequencies"
+
+
+def test_a_cost_that_no_record_holds_has_no_column_and_one_seed_is_enough(tmp_path):
+    cells = tuning.grid(START)
+    rows = [made(tmp_path, cell, 100.0 + i) for i, cell in enumerate(cells)]
+    (found,) = studies(rows)
+    page = tuned.page(["mode"], [(["welore"], found)], rows, [])
+    assert "training MFLOPs/token" not in page.header and "tokens/s" in page.header and page.header[-1] == "flag"
+    assert [len(line) for line in page.body] == [len(page.header)]
+    other = made(tmp_path, cells[0] | {"seed": 1}, 100.0, **{"fit/flops_per_token": 521_353_044.9})
+    page = tuned.page(["mode"], [(["welore"], studies([*rows, other])[0])], rows, [])
+    assert dict(zip(page.header, page.body[0], strict=True))["training MFLOPs/token"] == "521"
+
+
 @pytest.mark.parametrize(
     ("perplexities", "seeds", "flag"),
     [

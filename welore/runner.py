@@ -200,6 +200,7 @@ def _story(config: Config, folder: Path, record: Record) -> None:
             _call(model, tokenizer, folder, plan.division)
             found |= tune(model, tokenizer, config, folder, cache, loggers, weights)
             found |= noted(measure(model, benchmark, config, "tuned"), folder, "tuned")
+            found |= config.task.chance(tokenizer, cache, config.seed)
             found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
         if config.save:
             checkpoint.save(model, tokenizer, folder / MODEL)

@@ -18,7 +18,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
 
-from welore.batches import Batches, Rows, evaluation_windows, training_rows
+from welore import metrics
+from welore.batches import Batches, Rows, evaluation_windows, frequency_perplexity, training_rows
 from welore.cache import Cache, digest
 from welore.errors import Refused
 from welore.evaluate import Benchmark, Windows
@@ -27,6 +28,7 @@ from welore.stream import Stream
 from welore.texts import hashed_split, local_split, shuffled, text_files
 
 SHUFFLED = ("train", "calibration")
+COUNTED = 256  # training sequences whose tokens are counted
 
 
 @dataclass
@@ -248,6 +250,10 @@ class Task:
         """What the model is measured on, ready for it."""
         raise NotImplementedError
 
+    def chance(self, tokenizer: Any, cache: Cache, seed: int) -> dict[str, float]:
+        """What a model reaches that knows no more than how often each token comes; empty where nothing asks for it."""
+        return {}
+
     def rows(self, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None) -> Rows:
         """The sequences of `train` or `validation` that the training budget can use, or `limit` of them."""
         raise NotImplementedError
@@ -277,6 +283,11 @@ class TextTask(Task):
     def benchmark(self, tokenizer: Any, cache: Cache) -> Benchmark:
         title = f"{self.name} test: {self.protocol.title()}"
         return Windows(evaluation_windows(self, tokenizer, cache), title, "task.protocol.window")
+
+    def chance(self, tokenizer: Any, cache: Cache, seed: int) -> dict[str, float]:
+        rows, windows_BL = self.rows(tokenizer, cache, seed, limit=COUNTED), evaluation_windows(self, tokenizer, cache)
+        found = frequency_perplexity(rows, windows_BL, len(tokenizer))
+        return {metrics.EVAL_FREQUENCY_PERPLEXITY.key: found}
 
     def rows(self, tokenizer: Any, cache: Cache, seed: int, split: str = "train", limit: int | None = None) -> Rows:
         return training_rows(self, tokenizer, cache, seed, split, limit)
