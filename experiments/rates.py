@@ -31,6 +31,11 @@ def cells(scale: str) -> list[Cell]:
     return every_mode.cells(scale) + recover.cells(scale)
 
 
+def offered(scale: str, cell: Cell) -> bool:
+    """The seeds: who chooses which rate is known without them."""
+    return cell["seed"] != 0
+
+
 def then(scale: str, rows: Sequence[Row]) -> list[Cell]:
     """Wider grids, those that are run again on more text, and the seeds of the rates that these choose."""
     grids = compared(rows)
@@ -114,7 +119,9 @@ def render(rows: Sequence[Row]) -> Page:
         *measured(rows),
     ]
     page = Page(header, [_line(grid) for grid in grids], notes, claims(grids, few), {}, "claim")
-    if not any(row.missing for row in rows) and (drawn := [grid for grid in grids if grid.more is not None]):
+    if not any(row.missing and not row.offered for row in rows) and (
+        drawn := [grid for grid in grids if grid.more is not None]
+    ):
         page.figures = {"": _figure(drawn, few)}
     return page
 

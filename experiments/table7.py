@@ -3,21 +3,27 @@
 Cost: laptop 3 runs, about 2 minutes each on 2 CPU cores; paper 3 runs, never measured. Two are cells of Table 1.
 
 Ours is what must be there, in 16 bits: the parameters that a run has left, and keys and values of one sequence by
-formula. The paper's is what GPUtil says of the whole device: also the CUDA context, logits of all positions, the
-attention of its implementation and what the allocator holds. Both are in MiB. The time and memory of a real pass are
-measured by scripts/bench_inference.py.
+formula. At laptop scale LLaMA-2-7B stands below, exact to its shapes, with the ranks of a stand-in. The paper's is
+what GPUtil says of the whole device: also the CUDA context, logits of all positions, the attention of its
+implementation and what the allocator holds. Both are in MiB. The time and memory of a real pass are measured by
+scripts/bench_inference.py, on a GPU of the same stand-in too (docs/speed.md).
 """
 
 from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
 
 from experiments.cells import Cell, Row
 from experiments.compare import budget, dense, measured
 from experiments.page import Claim, Outcomes, Page, cited
 from experiments.scales import MODELS, setting
 from welore import metrics
+from welore.budget import tally
 from welore.inference import cache_bytes
-from welore.models import count_parameters
-from welore.shapes import SHAPES, on_meta
+from welore.models import components, count_parameters
+from welore.shapes import SHAPES, on_meta, stand_in
+from welore.svd import Spectrum
 
 NEEDS = ()
 ERRS = [0.3, 0.5, 0.7]
@@ -47,11 +53,7 @@ def render(rows: Sequence[Row]) -> Page:
     model = on_meta(SHAPES[name], "bfloat16")
     parameters = {DENSE: count_parameters(model)}
     parameters |= {row.cell["err"]: int(row.number(metrics.PARAMETERS)) for row in rows if row.record}
-    needed = {
-        (err, length): (count * BYTES + cache_bytes(model.config, 1, length, BYTES)) / MIB
-        for err, count in parameters.items()
-        for length in LENGTHS
-    }
+    needed = _needed(parameters, model)
     header = ["model", "err asked", "err", "keep", "parameters", "paper", "weights, MiB", "paper"]
     header += [title for length in LENGTHS for title in (f"{length} tokens", "paper")]
     first = [name, "dense", "0.000", "1.000", f"{parameters[DENSE] / 1e6:,.1f}M"]
@@ -62,10 +64,44 @@ def render(rows: Sequence[Row]) -> Page:
     notes = [
         "ours: parameters, and keys and values of one sequence, in 16 bits; no activations, no CUDA context",
         f"the paper's numbers are those of {PAPER}, measured with GPUtil",
+        *(
+            []
+            if name == PAPER
+            else [f"{PAPER}, stand-in: its shapes, with ranks such that the parameters are the paper's"]
+        ),
         f"dense perplexity {dense(rows)}",
         *measured(rows),
     ]
+    if name != PAPER:
+        body += stand_ins()
+        notes.append(f"{PAPER}, stand-in: its shapes, with ranks such that it has the paper's parameters")
     return Page(header, body, notes, claims(name, needed))
+
+
+def _needed(parameters: dict[float, int], model: PreTrainedModel) -> Needed:
+    return {
+        (err, length): (count * BYTES + cache_bytes(model.config, 1, length, BYTES)) / MIB
+        for err, count in parameters.items()
+        for length in LENGTHS
+    }
+
+
+def stand_ins() -> list[list[str]]:
+    """The paper's model, of which no run is needed: its shapes, and ranks of every err that nobody has read."""
+    model = on_meta(SHAPES[PAPER], "bfloat16")
+    shapes = {name: tuple(linear.weight.shape) for name, linear in components(model).items()}
+    whole = {name: Spectrum(shape, torch.empty(min(shape), device="meta")) for name, shape in shapes.items()}
+    plans = {err: tally(stand_in(model, err), whole) for err in ERRS}
+    cut = sum(spectrum.shape[0] * spectrum.shape[1] for spectrum in whole.values())
+    dense = count_parameters(model)
+    parameters = {DENSE: dense} | {err: dense - round((1 - plan.keep) * cut) for err, plan in plans.items()}
+    needed = _needed(parameters, model)
+    reached = {DENSE: ("dense", "0.000", "1.000")}
+    reached |= {err: (f"{err:g}", f"{plan.err:.3f}", f"{plan.keep:.3f}") for err, plan in plans.items()}
+    return [
+        _line([f"{PAPER}, stand-in", *reached[err], f"{count / 1e6:,.1f}M"], err, parameters, needed)
+        for err, count in parameters.items()
+    ]
 
 
 def _budget(row: Row) -> list[str]:

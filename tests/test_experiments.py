@@ -38,9 +38,11 @@ from experiments.cells import Row, check_infrastructure, find, fingerprint_of, l
 from experiments.page import Claim, Page, verdict
 from welore.config import compose, fingerprint, to_config
 from welore.errors import Refused
+from welore.models import count_parameters
 from welore.plots import by_component, diagonal_figure, lines_figure
 from welore.quizzes import coin_flips
 from welore.records import Record, Sweep, sweeps
+from welore.shapes import SHAPES, factor, on_meta, stand_in
 
 COMPONENTS = ("q_proj", "k_proj", "up_proj", "down_proj")
 LAYERS = 4
@@ -784,6 +786,17 @@ def test_memory_of_inference_is_parameters_and_cache_in_two_bytes(tmp_path):
     assert (
         compressed[6] == f"{123_456_789 * 2 / 2**20:,.0f}" and compressed[8] == f"{123_456_789 * 2 / 2**20 + 256:,.0f}"
     )
+
+
+def test_table_7_counts_the_parameters_of_the_paper_s_model_as_its_stand_in_has_them(tmp_path):
+    lines = [line for line in table7.render(whole("table7", "laptop", tmp_path)).body if "stand-in" in line[0]]
+    for line, err in zip(lines, [0.0, 0.3, 0.5, 0.7], strict=True):
+        model = on_meta(SHAPES["llama2_7b"], "bfloat16")
+        if err:
+            factor(model, stand_in(model, err))
+        assert line[4] == f"{count_parameters(model) / 1e6:,.1f}M"
+    # At 0.5: 224 weights of 4,096 ranks, 175 of which keep 1,468.
+    assert lines[2][1:4] == ["0.5", f"{175 * (4096 - 1468) / (224 * 4096):.3f}", "0.661"]
 
 
 def test_table_7_says_that_the_dense_model_fits_a_consumer_gpu(tmp_path):

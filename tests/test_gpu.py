@@ -4,7 +4,9 @@ import importlib.util
 
 import pytest
 import torch
+from test_resume import MODES, config_of, losses, stop_in_step_5
 
+from welore import metrics
 from welore.bench import measured, stand_in_model
 from welore.config import compose, to_config
 from welore.fuse import fuse
@@ -14,6 +16,9 @@ from welore.memory import Step, predict
 from welore.models import components
 from welore.modes import select
 from welore.optim import state_bytes
+from welore.ranks import read_ranks
+from welore.runner import run
+from welore.shapes import factor, on_meta, sizes_of
 from welore.svd import singular_values
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -86,6 +91,38 @@ def test_the_memory_of_a_step_is_what_was_predicted_within_a_tenth(mode, recompu
     model, config = middle(f"mode={mode}")
     _, found = measured(model, config, Step(4, 512, config.model.autocast, recompute), steps=1)
     assert found["predicted GiB"] == pytest.approx(found["measured GiB"], rel=0.1)
+
+
+CUT = ["bfloat16 weights with float32 masters", "lora with dropout", "galore", "muon", "lisa with masters"]
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_run_on_a_gpu_that_was_cut_goes_on(tmp_path, monkeypatch, name):
+    """As on a CPU, but for the order in which attention adds up gradients."""
+    asked = (*MODES[name], "trainer=gpu")
+    whole = run(config_of(tmp_path, *asked), tmp_path / "whole")
+    stop_in_step_5(tmp_path, monkeypatch, *asked)
+    resumed = run(config_of(tmp_path, *asked), tmp_path / "cut")
+    pairs = list(zip(losses(tmp_path / "cut"), losses(tmp_path / "whole"), strict=True))
+    assert len(pairs) == 12 and all(ours == pytest.approx(theirs, rel=1e-3) for ours, theirs in pairs)
+    assert resumed.metrics["fit/flops_per_token"] == whole.metrics["fit/flops_per_token"]
+    assert resumed.metrics["tuned/perplexity"] == pytest.approx(whole.metrics["tuned/perplexity"], rel=1e-3)
+
+
+WIDE = ["hidden_size=1024", "intermediate_size=2752", "num_hidden_layers=8", "num_attention_heads=16"]
+STEPS = ["task.training.steps=4", "task.training.batch=8", "task.training.length=512"]
+
+
+@pytest.mark.parametrize("mode", ["welore", "full", "galore", "lora"])
+def test_the_peak_of_a_run_is_what_was_predicted_within_a_tenth(tmp_path, mode):
+    """Through Lightning, which keeps gradients until the next forward pass is done unless they are freed before."""
+    sizes = [f"model.config.{size}" for size in [*WIDE, "num_key_value_heads=16"]]
+    config = config_of(tmp_path, "model.dtype=bfloat16", *sizes, *STEPS, f"mode={mode}", "trainer=gpu")
+    record = run(config, tmp_path / "run")
+    model = on_meta(sizes_of(config.model), "bfloat16")
+    factor(model, read_ranks(tmp_path / "run" / "ranks.json"))
+    footprint = predict(model, config.mode, select(model, config.mode), Step(4, 512, config.model.autocast))
+    assert footprint.peak / 2**30 == pytest.approx(record.metrics[metrics.FIT_PEAK_GIB.key], rel=0.1)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
