@@ -1,11 +1,11 @@
 """Rates: whether the text that chooses a learning rate is enough of it.
 
-Cost: laptop the grids of every_mode and recover, and about 3 grids and 2 runs for each where the test text disagrees,
-4 minutes a run on one CPU core; paper the same, never measured.
+Cost: laptop 66 runs of every_mode and recover, and 12 and more that follow; paper 60 and more, never measured.
 
 A rate is chosen by the validation perplexity at the end of training, on few windows at laptop scale. Where the test
-text would have chosen another one the grid runs again with eight times the windows, which train the same model, and
-the other seeds at what these choose. Nothing else is chosen by the test text, and no other artefact uses these rates.
+text would have chosen another one, the two and what lies between them run again with eight times the windows, which
+train the same model, and are offered on the other seeds at what these choose. Nothing else is chosen by the test text,
+and no other artefact uses these rates.
 """
 
 import math
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from experiments import every_mode, recover, tuning
 from experiments.cells import Cell, Row
-from experiments.compare import below, measured
+from experiments.compare import below, budget, dense, measured
 from experiments.page import Claim, Page, cited
 from experiments.tuning import SEEDS, SURELY, Study, studies, surely_below, validation
 from welore.config import compose
@@ -37,13 +37,12 @@ def offered(scale: str, cell: Cell) -> bool:
 
 
 def then(scale: str, rows: Sequence[Row]) -> list[Cell]:
-    """Wider grids, those that are run again on more text, and the seeds of the rates that these choose."""
+    """Wider grids, the disputed rates on more text, and the seeds of what these choose."""
     grids = compared(rows)
     again = [
         grid.few.cell | _more_text(grid.few.cell) | {"mode.lr": rate, "seed": 0}
         for grid in grids
-        if grid.doubtful
-        for rate in grid.few.grid
+        for rate in grid.disputed
     ]
     seeds = [
         grid.few.cell | {"mode.lr": grid.more.chosen, "seed": seed}
@@ -87,9 +86,13 @@ class Grid:
         return found if math.isfinite(found) else math.inf
 
     @property
-    def doubtful(self) -> bool:
-        """Whether the test text prefers another rate of a grid that is wide enough."""
-        return self.few.chosen is not None and self.few.beyond is None and self.few.chosen != self.preferred
+    def disputed(self) -> list[float]:
+        """The chosen rate, the one that the test text prefers, and those between; none where they are one, or the grid
+        is not wide enough."""
+        if self.few.chosen in (None, self.preferred) or self.few.beyond is not None:
+            return []
+        low, high = sorted([self.few.chosen, self.preferred])
+        return [rate for rate in sorted(self.few.grid) if low <= rate <= high]
 
     def over_seeds(self, rate: float) -> Study:
         """The runs at one rate."""
@@ -110,12 +113,14 @@ def _key(cell: Cell) -> frozenset:
 def render(rows: Sequence[Row]) -> Page:
     grids = compared(rows)
     few = _preset_windows(rows[0].cell)
-    header = ["tuned", "rates tried", "the test text prefers", "perplexity"]
+    header = ["tuned", "err", "keep", "parameters", "rates tried", "the test text prefers", "perplexity"]
     header += [f"{few} windows choose", "perplexity", "over seeds"]
     header += [f"{TIMES * few} windows choose", "perplexity", "over seeds"]
     notes = [
         "perplexity: on test text, of seed 0; over seeds: mean ± standard error at that rate",
-        f"{TIMES * few} windows were asked where the test text prefers another rate than {few} windows choose",
+        f"{TIMES * few} windows were asked of the rates from the one that the test text prefers to the one that {few} "
+        f"windows choose, where these are two",
+        f"dense perplexity {dense(rows)}",
         *measured(rows),
     ]
     page = Page(header, [_line(grid) for grid in grids], notes, claims(grids, few), {}, "claim")
@@ -128,7 +133,14 @@ def render(rows: Sequence[Row]) -> Page:
 
 def _line(grid: Grid) -> list[str]:
     tried = ", ".join(f"{rate:g}" for rate in sorted(grid.few.grid))
-    line = [grid.place, tried, *_at(grid, grid.preferred)[:2], *_at(grid, grid.few.chosen)]
+    first = grid.few.first
+    line = [
+        grid.place,
+        *(["—"] * 3 if first is None else budget(first)),
+        tried,
+        *_at(grid, grid.preferred)[:2],
+        *_at(grid, grid.few.chosen),
+    ]
     return line + (["—"] * 3 if grid.more is None else _at(grid, grid.more.chosen))
 
 
@@ -150,17 +162,17 @@ def _figure(grids: Sequence[Grid], few: int):
 
 
 def _curves(grid: Grid, few: int) -> dict[str, list[tuple[float, float]]]:
-    rates = sorted(grid.few.grid)
+    rates, asked = sorted(grid.few.grid), sorted(grid.more.grid)
     read = {
-        f"{few} windows of validation text": [validation(grid.few.grid[rate]) for rate in rates],
-        f"{TIMES * few} windows": [validation(grid.more.grid[rate]) for rate in rates],
-        "test text": [grid.tested(rate) for rate in rates],
+        f"{few} windows of validation text": {rate: validation(grid.few.grid[rate]) for rate in rates},
+        f"{TIMES * few} windows": {rate: validation(grid.more.grid[rate]) for rate in asked},
+        "test text": {rate: grid.tested(rate) for rate in rates},
     }
-    return {label: list(zip(map(math.log10, rates), found, strict=True)) for label, found in read.items()}
+    return {label: [(math.log10(rate), value) for rate, value in found.items()] for label, found in read.items()}
 
 
 def claims(grids: Sequence[Grid], few: int) -> list[Claim]:
-    agree = {grid.place: None if grid.preferred is None else not grid.doubtful for grid in grids}
+    agree = {grid.place: None if grid.preferred is None else not grid.disputed for grid in grids}
     asked = {grid.place: grid for grid in grids if grid.more is not None}
     chosen = {place: grid.more.chosen for place, grid in asked.items()}
     mended = {place: None if rate is None else rate == asked[place].preferred for place, rate in chosen.items()}

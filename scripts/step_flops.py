@@ -1,11 +1,12 @@
 """Count the FLOPs of a token in a training step of every mode, on one compressed model.
 
-usage: python scripts/step_flops.py [--model smollm2_135m] [--modes welore full lora] [--length 128] [--out FILE.json]
+usage: python scripts/step_flops.py [--model smollm2_135m] [--modes welore full lora] [--length 1024] [--out FILE.json]
            [overrides of run.py, such as err=0.3]
 
 torch counts the products of matrices as they run, so that adapters, products of factors and gradients that a mode does
 not need are in it or not as they are in a run. What an optimizer computes beside (projections, orthogonalization) is
-not, nor on a CPU is attention; the gradient of the inputs of the head counts as forward, where the loss forms it.
+not, nor is attention; the gradient of the inputs of the head counts as forward, where the loss forms it. A mode that
+multiplies weights together does so once a pass, so that its FLOPs of a token depend on how many tokens a pass has.
 A run counts its own first pass the same way, into fit/flops_per_token of its record. Nothing is timed: a busy machine
 does no harm. The seconds of a step are those of scripts/bench_steps.py.
 """
@@ -26,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2_135m", help="an option of conf/model")
     parser.add_argument("--modes", nargs="+", default=every_mode(), help="options of conf/mode")
-    parser.add_argument("--length", type=at_least(2), default=128, help="tokens of the one sequence")
+    parser.add_argument("--length", type=at_least(2), default=1024, help="tokens of the one sequence")
     parser.add_argument("--out", type=Path, default=Path("outputs/step_flops.json"), help="where the figures go")
     parser.add_argument("overrides", nargs="*", help="overrides of run.py, such as err=0.3")
     arguments = parser.parse_intermixed_args()

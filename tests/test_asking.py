@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT
 from test_questions import FOLDERS
 
-from welore.config import compose, to_config
+from welore.config import to_config
+from welore.finished import composed
 from welore.runner import run
 
 LIMIT = 2
@@ -53,7 +54,7 @@ def test_the_compressed_default_model_answers_the_first_test_questions(name, out
         "mode=none",
         f"outputs={outputs}",
     ]
-    config = to_config(compose([*options, "trainer=cpu", "logger=none", "trainer.progress=false", "save=false"]))
+    config = to_config(composed([*options, "trainer=cpu", "logger=none", "trainer.progress=false", "save=false"]))
     record = run(config, outputs / name)
     assert record.metrics["eval/examples"] == LIMIT
     asked = config.task.examples("test")[:LIMIT]
@@ -77,7 +78,7 @@ def test_the_compressed_default_model_talks_as_the_guide_says(outputs, data):
     torch.set_num_threads(1)
     how = ["task=mt_bench", f"task.path={data / 'tasks' / 'mt_bench'}", "task.limit=1", "task.new_tokens=24"]
     options = [*how, "err=0.25", "mode=none", f"outputs={outputs}", "trainer=cpu", "logger=none", "save=false"]
-    record = run(to_config(compose([*options, "trainer.progress=false"])), outputs / "mt_bench")
+    record = run(to_config(composed([*options, "trainer.progress=false"])), outputs / "mt_bench")
     assert (record.metrics["eval/examples"], record.metrics["dense/empty"]) == (1, 0)
     guide = prose("judged_tasks.md")
     for stage, quoted in {"dense": 2, "compressed": 1}.items():

@@ -11,8 +11,9 @@ import torch
 from huggingface_hub.errors import GatedRepoError
 from transformers import AutoTokenizer
 
-from welore.config import compose, to_config
+from welore.config import to_config
 from welore.explain import explain
+from welore.finished import composed
 from welore.models import Random
 from welore.records import FILE, Record
 from welore.runner import run
@@ -121,7 +122,7 @@ REFUSED = [
 
 
 def attempt(overrides, outputs):
-    return run(to_config(compose([*SMALL, f"outputs={outputs}", *overrides])), outputs / "run")
+    return run(to_config(composed([*SMALL, f"outputs={outputs}", *overrides])), outputs / "run")
 
 
 @pytest.fixture
@@ -197,7 +198,7 @@ def half_of_the_weights(folder, pristine):
 
 def smaller_vocabulary(folder, pristine):
     tokenizer = pristine[1]
-    config = to_config(compose([*SMALL]))
+    config = to_config(composed([*SMALL]))
     config.model.config |= {"vocab_size": 100, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("welore.models._check_vocabulary", lambda *_: None)

@@ -38,6 +38,7 @@ from experiments.cells import Row, check_infrastructure, find, fingerprint_of, l
 from experiments.page import Claim, Page, verdict
 from welore.config import compose, fingerprint, to_config
 from welore.errors import Refused
+from welore.finished import composed
 from welore.models import count_parameters
 from welore.plots import by_component, diagonal_figure, lines_figure
 from welore.quizzes import coin_flips
@@ -241,7 +242,7 @@ def probed(steps):
         "model": "tiny",
         "seed": 0,
         "steps": steps,
-        "probe": asdict(to_config(compose(["mode=none", "probe=trained"])).probe),
+        "probe": asdict(to_config(composed(["mode=none", "probe=trained"])).probe),
         "checkpoints": {str(step): checkpoint(step) for step in steps},
         "pairs": tables,
         "eigenspaces": {name: {str(step): step / steps[-1] for step in steps[2:]} for name in names},
@@ -260,7 +261,7 @@ def fill(name, outputs, count=None):
     """Real run folders for the first `count` laptop cells of an artefact."""
     done = load(name).cells("laptop")[:count]
     for cell in done:
-        config = to_config(compose(overrides_of(cell)))
+        config = to_config(composed(overrides_of(cell)))
         folder = outputs / fingerprint(config)
         leave_spectra(folder)
         record_of(cell, fingerprint(config), asdict(config)).save(folder)
@@ -297,7 +298,7 @@ def test_the_artefacts_of_the_paper_are_found():
 def test_an_artefact_says_what_it_is_and_what_it_costs(name):
     caption, cost = about(load(name))
     assert caption.startswith(
-        ("Table", "Figure", "Equal budgets", "Ablation", "Who learns", "Why low rank", "Recover", "Every")
+        ("Table", "Figure", "Equal budgets", "Ablation", "Who learns", "Why low rank", "Recover", "Rates", "Every")
     ) and caption.endswith(".")
     assert cost.startswith("Cost: ") and "laptop" in cost and "paper" in cost
 

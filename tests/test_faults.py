@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from welore.config import Config, compose, to_config
+from welore.config import Config, to_config
 from welore.explain import explain
+from welore.finished import composed
 from welore.records import FILE, Record, read_history
 from welore.runner import run
 
@@ -41,7 +42,7 @@ def config_of(text_file):
     """A function of a folder and overrides to the config of the run that writes there."""
 
     def config_of(outputs, *overrides):
-        return to_config(compose([*CELL, f"task.path={text_file}", f"outputs={outputs}", *overrides]))
+        return to_config(composed([*CELL, f"task.path={text_file}", f"outputs={outputs}", *overrides]))
 
     return config_of
 

@@ -18,8 +18,9 @@ from endpoints import KEY, serving
 from welore import endpoint
 from welore.cache import Cache
 from welore.chat import said
-from welore.config import compose, fingerprint, to_config
+from welore.config import fingerprint, to_config
 from welore.errors import Refused
+from welore.finished import composed
 from welore.judges import KIND, Request, rating
 from welore.summaries import read_ratings
 
@@ -536,7 +537,7 @@ def test_a_judge_that_cannot_judge_is_refused(configured, overrides, words):
 
 def test_the_judge_counts_where_it_judges_and_there_by_what_changes_its_judgments(tmp_path):
     def name(*overrides):
-        return fingerprint(to_config(compose(["model=tiny", "trainer=cpu", "logger=none", "mode=none", *overrides])))
+        return fingerprint(to_config(composed(["model=tiny", "trainer=cpu", "logger=none", "mode=none", *overrides])))
 
     assert name() == name("judge=openai") == name("judge=openai", "judge.model=b")
     judged = ["task=mt_bench", "judge=openai"]

@@ -10,8 +10,9 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from welore import metrics
-from welore.config import compose, to_config
+from welore.config import to_config
 from welore.errors import Refused
+from welore.finished import composed
 from welore.history import History
 from welore.loggers import RECORD
 from welore.records import Record, read_history
@@ -62,7 +63,7 @@ def summary(logged):
 def offline_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offline")
     overrides = ["model=tiny", "err=0.5", "task/protocol=smoke", "task/training=smoke", "group=table1"]
-    config = to_config(compose([*overrides, "logger=offline", "trainer.progress=false", f"outputs={folder}"]))
+    config = to_config(composed([*overrides, "logger=offline", "trainer.progress=false", f"outputs={folder}"]))
     record = run(config, folder / "run")
     (file,) = (folder / "run").rglob("*.wandb")
     return record, whole_records(file)
@@ -122,9 +123,9 @@ def test_what_a_probe_adds_to_a_finished_run_goes_to_its_run_there_with_all_the_
     probe = ["probe=trained", "probe.layers=[1]", "probe.length=16", "probe.windows=2", "probe.curvature_windows=1"]
     probe += ["probe.steps=6", "probe.eigenvalues=2", "probe.samples=1"]
     common = ["model=tiny", "mode=none", "task/protocol=smoke", "logger=offline", f"outputs={tmp_path}"]
-    first = run(to_config(compose(common)), tmp_path / "run")
+    first = run(to_config(composed(common)), tmp_path / "run")
     for _ in range(2):  # the second time it has nothing to add
-        run(to_config(compose([*common, *probe])), tmp_path / "run")
+        run(to_config(composed([*common, *probe])), tmp_path / "run")
     before, after = map(whole_records, sorted((tmp_path / "run").rglob("*.wandb")))
     assert {entry.run.run_id for entry in before + after if entry.HasField("run")} == {first.fingerprint}
     assert "probe-trained.json" in {file.path for entry in after for file in entry.files.files}
@@ -135,7 +136,7 @@ def test_what_a_probe_adds_to_a_finished_run_goes_to_its_run_there_with_all_the_
 
 
 def test_a_run_that_fails_is_a_failed_run_there_too_and_says_why(tmp_path):
-    config = to_config(compose(["model=tiny", "logger=offline", f"outputs={tmp_path}"]))
+    config = to_config(composed(["model=tiny", "logger=offline", f"outputs={tmp_path}"]))
     record = Record("0123456789", "failed", {"err": 0.3}, {"compressed/breaks_at": "model.layers.1"})
     record.started = "2026-01-01T00:00:00+00:00"
     error = FloatingPointError("the loss of step 3 is nan")
@@ -158,7 +159,7 @@ def test_a_run_that_dies_before_it_trains_or_when_it_is_saved_is_a_failed_run_th
     monkeypatch.setattr(f"welore.runner.{breaks}", end)
     overrides = ["model=tiny", "err=0.5", "mode=none", "task/protocol=smoke", "logger=offline", "save=true"]
     with pytest.raises(MemoryError):
-        run(to_config(compose([*overrides, f"outputs={tmp_path}"])), tmp_path / "run")
+        run(to_config(composed([*overrides, f"outputs={tmp_path}"])), tmp_path / "run")
     (file,) = (tmp_path / "run").rglob("*.wandb")
     about = summary(whole_records(file))[RECORD]
     assert (about["status"], about["error"]) == ("failed", "MemoryError: no room")
@@ -169,7 +170,7 @@ def test_online_without_a_key_is_refused_at_once(tmp_path, monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    config = to_config(compose(["model=tiny", "mode=none", "logger=wandb", f"outputs={tmp_path}"]))
+    config = to_config(composed(["model=tiny", "mode=none", "logger=wandb", f"outputs={tmp_path}"]))
     with pytest.raises(Refused, match="wandb login"):
         run(config, tmp_path / "run")
     assert Record.read(tmp_path / "run").metrics == {}  # nothing was measured or compressed for it

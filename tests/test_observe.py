@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from welore.blocks import curvature, memory, products
-from welore.config import compose, to_config
+from welore.config import to_config
 from welore.curvature import hessian, lanczos
 from welore.errors import Refused
+from welore.finished import composed
 from welore.observe import controls, gradients, look, mean_loss, truncations, weights_of
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -21,7 +22,7 @@ def batch_of(seed, windows=4, length=16):
 @pytest.fixture
 def probe():
     overrides = ["probe.layers=[1]", "probe.length=16", "probe.steps=12", "probe.eigenvalues=2", "probe.samples=1"]
-    return to_config(compose(["model=tiny", "mode=none", "probe=emergence", *overrides])).probe
+    return to_config(composed(["model=tiny", "mode=none", "probe=emergence", *overrides])).probe
 
 
 def test_only_the_layers_asked_for_are_looked_at(model, probe):
@@ -123,7 +124,7 @@ def test_attention_that_cannot_be_differentiated_twice_is_refused_before_anythin
 
 def test_the_cost_counts_what_lies_above_a_weight_and_the_memory_the_basis(model, probe):
     assert products(model, probe) == 7 * (12 + 1) / 2  # 7 weights of the second of two layers
-    more = to_config(compose(["model=tiny", "mode=none", "probe=emergence", "probe.steps=112"])).probe
+    more = to_config(composed(["model=tiny", "mode=none", "probe=emergence", "probe.steps=112"])).probe
     assert memory(model, more, 259) > memory(model, probe, 259)
 
 

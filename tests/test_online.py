@@ -19,8 +19,9 @@ from experiments.__main__ import main
 from experiments.artefacts import load
 from experiments.cells import fingerprint_of, overrides_of
 from welore import metrics
-from welore.config import compose, to_config
+from welore.config import to_config
 from welore.errors import Refused
+from welore.finished import composed
 from welore.loggers import RECORD
 from welore.records import HISTORY
 
@@ -118,7 +119,7 @@ def put(api, name, folder, count=None):
     """The laptop cells of an artefact as runs of the API; their records."""
     records = []
     for cell in load(name).cells("laptop")[:count]:
-        config = to_config(compose(overrides_of(cell)))
+        config = to_config(composed(overrides_of(cell)))
         record = record_of(cell, fingerprint_of(cell), asdict(config))
         record.metrics["compress/predicted_nats"] = None
         api.runs.append(node(record))

@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from welore import runner
-from welore.config import CONF, compose, to_config
+from welore.config import CONF, to_config
 from welore.errors import Interrupted, Refused
+from welore.finished import composed
 from welore.fit import Whole
 from welore.history import History
 from welore.lowrank import LowRankLinear
@@ -48,7 +49,7 @@ def losses(folder: Path) -> list[tuple]:
 
 
 def config_of(outputs: Path, *overrides: str):
-    return to_config(compose([*SMALL, *TRAINING, f"outputs={outputs}", *overrides]))
+    return to_config(composed([*SMALL, *TRAINING, f"outputs={outputs}", *overrides]))
 
 
 MODES = {

@@ -8,9 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from welore import runner, tune
-from welore.config import compose, to_config
+from welore.config import to_config
 from welore.errors import Refused
 from welore.evaluate import perplexity
+from welore.finished import composed
 from welore.measure import GIB
 from welore.ranks import Plan
 from welore.records import Record
@@ -21,7 +22,7 @@ SMOKE = ["task/protocol=smoke", "task/training=smoke"]
 
 
 def config_of(outputs, *overrides):
-    return to_config(compose([*SMALL, *SMOKE, f"outputs={outputs}", *overrides]))
+    return to_config(composed([*SMALL, *SMOKE, f"outputs={outputs}", *overrides]))
 
 
 def contents(folder):

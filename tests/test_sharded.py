@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from welore import module
-from welore.config import compose, to_config
+from welore.config import to_config
 from welore.errors import Interrupted, Refused
 from welore.evaluate import causal_loss
+from welore.finished import composed
 from welore.records import Record, read_history
 from welore.runner import run
 
@@ -50,7 +51,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def config_of(outputs: Path, *overrides: str):
-    return to_config(compose([*CELL, f"outputs={outputs}", *overrides]))
+    return to_config(composed([*CELL, f"outputs={outputs}", *overrides]))
 
 
 def poisoned_loss(model):
@@ -200,14 +201,14 @@ def test_every_mode_is_either_trained_here_in_shards_or_refused():
     for path in sorted((ROOT / "conf" / "mode").glob("*.yaml")):
         overrides = ["model=tiny", "err=0.5", "trainer=fsdp", f"mode={path.stem}"]
         if path.stem in trained or alike.get(path.stem) in trained or path.stem == "none":
-            to_config(compose(overrides))
+            to_config(composed(overrides))
         else:
             with pytest.raises(Refused, match="trainer=ddp|trainer=gpu"):
-                to_config(compose(overrides))
+                to_config(composed(overrides))
 
 
 def test_masks_and_pretraining_are_refused():
     with pytest.raises(Refused, match="prune=magnitude needs weights whole"):
-        to_config(compose(["model=tiny", "err=0.5", "trainer=fsdp", "mode=welore", "prune=magnitude"]))
+        to_config(composed(["model=tiny", "err=0.5", "trainer=fsdp", "mode=welore", "prune=magnitude"]))
     with pytest.raises(Refused, match="task/training=pretrain_laptop needs weights whole"):
-        to_config(compose(["model=tiny", "err=0", "trainer=fsdp", "mode=full", "task/training=pretrain_laptop"]))
+        to_config(composed(["model=tiny", "err=0", "trainer=fsdp", "mode=full", "task/training=pretrain_laptop"]))

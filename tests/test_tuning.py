@@ -16,6 +16,7 @@ from experiments.scales import VOCABULARY
 from experiments.tuning import other_seeds, studies, surely_below
 from welore import metrics
 from welore.config import CONF, compose, to_config
+from welore.finished import composed
 from welore.plots import save
 from welore.records import Record, records
 from welore.runner import run
@@ -238,7 +239,7 @@ def test_a_tuned_model_that_breaks_did_not_train(tmp_path):
 
 def test_a_rate_that_diverges_is_an_outcome_and_is_not_run_again(tmp_path):
     cell = tuning.grid(START | {"ranks": "welore"})[2]
-    config = asdict(to_config(compose(overrides_of(cell))))
+    config = asdict(to_config(composed(overrides_of(cell))))
     error = "FloatingPointError: the loss of step 3 is nan; it starts in model.layers.1\ntrace"
     Record(fingerprint_of(cell), "failed", config, error=error).save(tmp_path / "run")
     (row,) = find([cell], str(tmp_path))
@@ -430,20 +431,20 @@ def misled(cell):
     return best_at_default(cell)
 
 
-def test_a_grid_that_the_test_text_contradicts_runs_again_on_more_validation_text(tmp_path):
+def test_the_rates_that_two_texts_dispute_run_again_on_more_validation_text(tmp_path):
     rows = whole("rates", tmp_path, best_at_default, misled)
     again = [row.cell for row in rows if rates.WINDOWS in row.cell]
     default = tuning.default_rate("muon", "laptop")
-    assert [cell["mode.lr"] / default for cell in again] == pytest.approx([0.25, 1, 4, 16, 64])
+    assert [cell["mode.lr"] / default for cell in again] == pytest.approx([1, 4, 16, 64])
     assert all(cell["mode"] == "muon" and cell["seed"] == 0 and cell[rates.WINDOWS] == 32 for cell in again)
     followed = [row.cell for row in rows if row.cell["mode"] == "muon" and row.cell["seed"] and row.cell not in again]
     assert sorted((cell["mode.lr"] / default, cell["seed"]) for cell in followed) == [(1, 1), (1, 2), (64, 1), (64, 2)]
 
     page = rates.render(rows)
     lines = {line[0]: line[1:] for line in page.body}
-    assert lines["muon"][1:3] == ["0.0005", "100.00"] and lines["muon"][3] == "0.032"
-    assert lines["muon"][6:] == ["0.0005", "100.00", "101.00 ± 0.58"]
-    assert lines["lora"][6:] == ["—"] * 3 and "lagrange + kfac" in lines
+    assert lines["muon"][4:6] == ["0.0005", "100.00"] and lines["muon"][6] == "0.032"
+    assert lines["muon"][9:] == ["0.0005", "100.00", "101.00 ± 0.58"]
+    assert lines["lora"][9:] == ["—"] * 3 and "lagrange + kfac" in lines
     assert said(page) == {
         "4 windows choose the rate that the test text prefers": "does not hold: muon",
         "where they do not, 32 windows do": "holds (1 of 1)",
@@ -475,7 +476,7 @@ def test_more_validation_text_trains_the_same_model(tmp_path):
     shared = {"model": "tiny", "task": "sotu", "task/protocol": "smoke", "task/training": "smoke", "mode": "welore"}
     where = ["trainer=cpu", "logger=none", "save=false", "trainer.progress=false", f"outputs={tmp_path}"]
     for name, cell in {"few": shared, "more": shared | {rates.WINDOWS: 8} | rates.ONCE}.items():
-        run(to_config(compose([*overrides_of(cell), *where])), tmp_path / name)
+        run(to_config(composed([*overrides_of(cell), *where])), tmp_path / name)
     found = {folder.name: record.metrics["tuned/perplexity"] for folder, record in records(tmp_path)}
     assert found["few"] == found["more"]
     held_out = [tuning.validation(Row(shared, tmp_path / name)) for name in ("few", "more")]
@@ -531,7 +532,7 @@ def test_a_grid_and_its_seeds_run_on_the_tiny_model(tmp_path):
     def run_all(cells):
         for cell in cells:
             where = ["trainer=cpu", "logger=none", "save=false", "trainer.progress=false", f"outputs={tmp_path}"]
-            config = to_config(compose([*overrides_of(cell), *where]))
+            config = to_config(composed([*overrides_of(cell), *where]))
             run(config, tmp_path / fingerprint_of(cell))
         return find(cells, str(tmp_path), tuning.NEEDS)
 
