@@ -26,7 +26,7 @@ NOTES = [
     SO_FAR,
     "MFLOPs/token: of the compressed model, in the products with its weights for one token that it reads. Training "
     "MFLOPs/token: of the first forward and backward pass of the run, in products as torch counts them: the optimizer "
-    "is not in it, nor on a CPU is attention. Older records and those of several processes lack it; "
+    "and attention are not in it. Older records and those of several processes lack it; "
     "scripts/step_flops.py counts it for every mode",
     "tokens/s: of the median step, in brackets with padding where there is any. Peak GiB: of the training steps, in "
     "brackets what torch reserved for them on a GPU; and of the evaluation of the tuned model. On a CPU that is the "
