@@ -75,21 +75,25 @@ class Grid:
 
     @property
     def preferred(self) -> float | None:
-        """The rate with the lowest perplexity on test text, on seed 0; None while the grid is not done."""
+        """The rate with the lowest perplexity on test text, on seed 0; None while the grid is not done, or where no
+        rate has one."""
         if any(row.missing for row in self.few.grid.values()):
             return None
-        return min(self.few.grid, key=self.tested)
+        best = min(self.few.grid, key=self.tested)
+        return best if self.tested(best) < math.inf else None
 
     def tested(self, rate: float) -> float:
         """Test perplexity of seed 0; infinite where it is no number."""
         found = self.few.grid[rate].perplexity
-        return found if math.isfinite(found) else math.inf
+        return found if found is not None and math.isfinite(found) else math.inf
 
     @property
     def disputed(self) -> list[float]:
         """The chosen rate, the one that the test text prefers, and those between; none where they are one, or the grid
         is not wide enough."""
-        if self.few.chosen in (None, self.preferred) or self.few.beyond is not None:
+        if None in (self.few.chosen, self.preferred) or self.few.beyond is not None:
+            return []
+        if self.few.chosen == self.preferred:
             return []
         low, high = sorted([self.few.chosen, self.preferred])
         return [rate for rate in sorted(self.few.grid) if low <= rate <= high]
@@ -120,6 +124,7 @@ def render(rows: Sequence[Row]) -> Page:
         "perplexity: on test text, of seed 0; over seeds: mean ± standard error at that rate",
         f"{TIMES * few} windows were asked of the rates from the one that the test text prefers to the one that {few} "
         f"windows choose, where these are two",
+        "more windows train the same model: on one device the same numbers, but not on two",
         f"dense perplexity {dense(rows)}",
         *measured(rows),
     ]
@@ -172,7 +177,9 @@ def _curves(grid: Grid, few: int) -> dict[str, list[tuple[float, float]]]:
 
 
 def claims(grids: Sequence[Grid], few: int) -> list[Claim]:
-    agree = {grid.place: None if grid.preferred is None else not grid.disputed for grid in grids}
+    known = [grid for grid in grids if None not in (grid.few.chosen, grid.preferred)]
+    agree = dict.fromkeys((grid.place for grid in grids), None)
+    agree |= {grid.place: grid.few.chosen == grid.preferred for grid in known}
     asked = {grid.place: grid for grid in grids if grid.more is not None}
     chosen = {place: grid.more.chosen for place, grid in asked.items()}
     mended = {place: None if rate is None else rate == asked[place].preferred for place, rate in chosen.items()}

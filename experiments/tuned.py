@@ -26,13 +26,13 @@ NOTES = [
     SO_FAR,
     "MFLOPs/token: of the compressed model, in the products with its weights for one token that it reads. Training "
     "MFLOPs/token: of the first forward and backward pass of the run, in products as torch counts them: the optimizer "
-    "and attention are not in it. Older records and those of several processes lack it; "
-    "scripts/step_flops.py counts it for every mode",
+    "and fused attention are not in it, and lisa's follow the layers that a seed draws first. Older records and those of "
+    "several processes lack it; scripts/step_flops.py counts it for every mode",
     "tokens/s: of the median step, in brackets with padding where there is any. Peak GiB: of the training steps, in "
     "brackets what torch reserved for them on a GPU; and of the evaluation of the tuned model. On a CPU that is the "
     "resident memory of the process",
     "did not train: diverged, broken, not below the untuned model, or not below a guess among all tokens or by the "
-    "frequencies of training tokens, which older records do not hold",
+    "frequencies of tokens in 256 training sequences, which older records do not hold",
     "a seed orders the training text: what seeds confirm is so on this test text, and another may order otherwise "
     "modes that are a few percent apart",
 ]
@@ -69,7 +69,7 @@ def _written(perplexity: float | None) -> str:
 
 
 def _cost(row: Row, runs: Sequence[Row]) -> list[str]:
-    """Of one run; FLOPs, which all seeds share, of the first of `runs` whose record holds them."""
+    """Of one run; FLOPs of training, which older records lack, of the first of `runs` that holds them."""
     counted = next((found for run in runs if (found := run.found(metrics.FIT_FLOPS_PER_TOKEN))), None)
     trained, optimizer = row.found(metrics.TRAINABLE_PARAMETERS), optimizer_bytes(row)
     return [

@@ -465,6 +465,21 @@ def test_rates_that_the_test_text_agrees_with_are_not_run_again(tmp_path):
     )
 
 
+def test_a_grid_that_diverged_agrees_with_nobody(tmp_path):
+    page = rates.render(
+        whole("rates", tmp_path, lambda cell: None if cell["mode"] == "muon" else best_at_default(cell))
+    )
+    assert said(page)["4 windows choose the rate that the test text prefers"] == "cannot be said: muon"
+    assert next(line for line in page.body if line[0] == "muon")[5:7] == ["missing"] * 2
+    rows = whole("rates", tmp_path, best_at_default)
+    large = [row for row in rows if row.cell["mode"] == "muon" and row.cell["mode.lr"] == 0.002]
+    for row in large:
+        row.record.metrics["tuned/perplexity"] = None  # too large for a number
+    assert large and said(rates.render(rows))["4 windows choose the rate that the test text prefers"].startswith(
+        "holds"
+    )
+
+
 def test_rates_that_are_missing_are_said(tmp_path):
     rows = [Row(cell, why="never run") for cell in rates.cells("laptop")]
     page = rates.render(rows)

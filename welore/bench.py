@@ -225,6 +225,10 @@ class Steps:
             with Flops() as backward:
                 loss.backward()
             self.optimizer.zero_grad()
+        if None in (forward.total, backward.total):
+            raise Refused(
+                "torch counts no FLOPs of an operation of this model. Measure seconds: scripts/bench_steps.py."
+            )
         return {
             "forward": forward.total / self.ids_BL.numel(),
             "backward": backward.total / self.ids_BL.numel(),

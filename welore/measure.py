@@ -108,9 +108,9 @@ def _peak_resident_kib() -> int:
 class Flops(TorchDispatchMode):
     """Adds up the FLOPs of the products of matrices that run inside, by the formulas of torch's FlopCounterMode.
 
-    What no formula is for is not in them, nor is fused attention, which has none on a CPU: the same step counts alike
-    on every device. `total` is None where a formula does not fit what it is given: FlopCounterMode would end the
-    training that it counts.
+    What no formula is for is not in them, nor is fused attention, which has none on a CPU: wherever attention is fused
+    the same step counts alike. `total` is None where a formula does not fit what it is given: FlopCounterMode would
+    end the training that it counts.
     """
 
     supports_higher_order_operators = True

@@ -80,7 +80,7 @@ COMPRESSED_JUDGED = Metric("compressed/judged", "ratings", 0)
 COMPRESSED_UNJUDGED = Metric("compressed/unjudged", "ratings that could not be read", 0)
 COMPRESSED_ROUGE_L = Metric("compressed/rouge_l", "ROUGE-L", 4)
 
-# Of the frequencies of training tokens alone: a model that is no better has learned nothing else.
+# Of the frequencies of tokens alone in some training text: a model that is no better knows no more of this text.
 EVAL_FREQUENCY_PERPLEXITY = Metric("eval/frequency_perplexity", "perplexity of token frequencies", 0)
 EVAL_TOKENS = Metric("eval/tokens", "test tokens", 0)
 EVAL_TOKENS_PER_SECOND = Metric("eval/tokens_per_second", "evaluation tokens/s", 1)

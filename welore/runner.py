@@ -198,9 +198,9 @@ def _story(config: Config, folder: Path, record: Record) -> None:
         if config.mode.trains:
             config.mode.divide(plan.division)
             _call(model, tokenizer, folder, plan.division)
+            found |= config.task.chance(tokenizer, cache, config.seed)
             found |= tune(model, tokenizer, config, folder, cache, loggers, weights)
             found |= noted(measure(model, benchmark, config, "tuned"), folder, "tuned")
-            found |= config.task.chance(tokenizer, cache, config.seed)
             found[metrics.TUNED_PARAMETERS.key] = count_parameters(model)
         if config.save:
             checkpoint.save(model, tokenizer, folder / MODEL)

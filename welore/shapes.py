@@ -111,9 +111,10 @@ def _cuts(weights: dict[str, nn.Linear], err: float, plan: str) -> dict[str, Cut
         return {name.rpartition(".")[2]: (err / (1 - left), left) for name in weights}
     ranks = {min(linear.out_features, linear.in_features) for linear in weights.values()}
     if err != SPLIT_ERR or len(ranks) > 1:
+        alone = f"Ask for err {SPLIT_ERR:g} alone, or write" if err != SPLIT_ERR else "Write"
         raise Refused(
             f"the plan of the paper is known for LLaMA-2's shapes at err={SPLIT_ERR}, not for err={err:g} and weights "
-            f"of {', '.join(map(str, sorted(ranks)))} ranks. Ask for err {SPLIT_ERR:g} alone, or write --plan even."
+            f"of {', '.join(map(str, sorted(ranks)))} ranks. {alone} --plan even."
         )
     return SPLIT
 

@@ -28,7 +28,7 @@ from welore.stream import Stream
 from welore.texts import hashed_split, local_split, shuffled, text_files
 
 SHUFFLED = ("train", "calibration")
-COUNTED = 256  # training sequences whose tokens are counted
+COUNTED = 256  # training sequences whose tokens are counted, whatever the budget of the run
 
 
 @dataclass
