@@ -26,8 +26,8 @@ NOTES = [
     SO_FAR,
     "MFLOPs/token: of the compressed model, in the products with its weights for one token that it reads. Training "
     "MFLOPs/token: of the first forward and backward pass of the run, in products as torch counts them: the optimizer "
-    "and fused attention are not in it, and lisa's follow the layers that a seed draws first. Older records and those of "
-    "several processes lack it; scripts/step_flops.py counts it for every mode",
+    "and fused attention are not in it, and lisa's follow the layers that a seed draws first. Older records and those "
+    "of several processes lack it; scripts/step_flops.py counts it for every mode",
     "tokens/s: of the median step, in brackets with padding where there is any. Peak GiB: of the training steps, in "
     "brackets what torch reserved for them on a GPU; and of the evaluation of the tuned model. On a CPU that is the "
     "resident memory of the process",
