@@ -162,18 +162,23 @@ def _at(grid: Grid, rate: float | None) -> list[str]:
 
 def _figure(grids: Sequence[Grid], few: int):
     panels = {grid.place: _curves(grid, few) for grid in grids}
-    title = f"{grids[0].few.cell['model']}: who chooses a learning rate"
-    return lines_figure(panels, title, "learning rate, log 10", "perplexity", "log")
+    title = f"{grids[0].few.cell['model']}: which rate each text prefers"
+    return lines_figure(
+        panels, title, "learning rate, log 10", f"perplexity, of that at {few} windows' choice", "linear"
+    )
 
 
 def _curves(grid: Grid, few: int) -> dict[str, list[tuple[float, float]]]:
-    rates, asked = sorted(grid.few.grid), sorted(grid.more.grid)
+    """By disputed rate, each text's perplexity over its own at the rate that few windows chose."""
     read = {
-        f"{few} windows of validation text": {rate: validation(grid.few.grid[rate]) for rate in rates},
-        f"{TIMES * few} windows": {rate: validation(grid.more.grid[rate]) for rate in asked},
-        "test text": {rate: grid.tested(rate) for rate in rates},
+        f"{few} windows of validation text": lambda rate: validation(grid.few.grid[rate]),
+        f"{TIMES * few} windows": lambda rate: validation(grid.more.grid[rate]),
+        "test text": grid.tested,
     }
-    return {label: [(math.log10(rate), value) for rate, value in found.items()] for label, found in read.items()}
+    return {
+        label: [(math.log10(rate), text(rate) / text(grid.few.chosen)) for rate in grid.disputed]
+        for label, text in read.items()
+    }
 
 
 def claims(grids: Sequence[Grid], few: int) -> list[Claim]:
