@@ -163,9 +163,7 @@ def _at(grid: Grid, rate: float | None) -> list[str]:
 def _figure(grids: Sequence[Grid], few: int):
     panels = {grid.place: _curves(grid, few) for grid in grids}
     title = f"{grids[0].few.cell['model']}: which rate each text prefers"
-    return lines_figure(
-        panels, title, "learning rate, log 10", f"perplexity, of that at {few} windows' choice", "linear"
-    )
+    return lines_figure(panels, title, "log 10 of the learning rate", "perplexity, relative", "linear")
 
 
 def _curves(grid: Grid, few: int) -> dict[str, list[tuple[float, float]]]:

@@ -99,7 +99,7 @@ Points = list[tuple[float, float]]
 
 
 def lines_figure(panels: dict[str, dict[str, Points]], title: str, below: str, left: str, scale: str) -> "Figure":
-    """One panel a setting and one line a method, on one scale: `log`, or `symlog` for changes of either sign.
+    """One panel a setting and one line a method, on one scale: `log`, `linear`, or `symlog` for changes of either sign.
 
     Such as damage against keep. A point that is not finite interrupts its line, as one below 0 does on a log scale.
     """
