@@ -99,9 +99,10 @@ Points = list[tuple[float, float]]
 
 
 def lines_figure(panels: dict[str, dict[str, Points]], title: str, below: str, left: str, scale: str) -> "Figure":
-    """One panel a setting and one line a method, on one scale: `log`, `linear`, or `symlog` for changes of either sign.
+    """One panel a setting and one line a method, such as damage against keep.
 
-    Such as damage against keep. A point that is not finite interrupts its line, as one below 0 does on a log scale.
+    `scale` is `log`, `linear`, or `symlog` for changes of either sign. A point that is not finite interrupts its line,
+    as one below 0 does on a log scale.
     """
     figure, axes = _grid(len(panels), title)
     options = {"linthresh": 1.0} if scale == "symlog" else {}
