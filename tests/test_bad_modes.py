@@ -44,7 +44,7 @@ CONFIGS = [
     ("mode=muon mode.momentum=1", ["mode.momentum=1.0 is not in [0, 1)"]),
     *[
         (f"mode={mode} prune=wanda prune.where=all", ["takes the factors of LRCs apart", "prune.where=nlrc"])
-        for mode in ("sv", "lora_xs", "pissa mode.lora_on=merged")
+        for mode in ("osf", "sv", "lora_xs", "pissa mode.lora_on=merged")
     ],
     ("mode=sv mode.lr=0", ["lr=0.0", "lr > 0"]),
 ]
