@@ -1,6 +1,6 @@
 """Rates: whether the text that chooses a learning rate is enough of it.
 
-Cost: laptop 66 runs of every_mode and recover, and 12 and more that follow; paper 60 and more, never measured.
+Cost: laptop 66 runs of every_mode and recover, and 14 and more that follow; paper 60 and more, never measured.
 
 A rate is chosen by the validation perplexity at the end of training, on few windows at laptop scale. Where the test
 text would have chosen another one, the two and what lies between them run again with eight times the windows, which
@@ -17,7 +17,6 @@ from experiments.cells import Cell, Row
 from experiments.compare import below, budget, dense, measured
 from experiments.page import Claim, Page, cited
 from experiments.tuning import SEEDS, SURELY, Study, studies, surely_below, validation
-from welore.config import compose
 from welore.plots import lines_figure
 from welore.report import number
 
@@ -58,7 +57,7 @@ def _more_text(cell: Cell) -> Cell:
 
 
 def _preset_windows(cell: Cell) -> int:
-    return compose([f"task/training={cell['task/training']}"]).task.training.validation_windows
+    return tuning.task_of(cell["task/training"]).training.validation_windows
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def grid(cell: Cell, factors: Sequence[float] = FACTORS) -> list[Cell]:
 @cache
 def default_rate(mode: str, training: str) -> float:
     """That of a composed run. Composing takes a fifth of a second, so that it is done once for all modes."""
-    return float(OmegaConf.create({"task": _task(training), "lr": _written_rate(mode)}).lr)
+    return float(OmegaConf.create({"task": task_of(training), "lr": _written_rate(mode)}).lr)
 
 
 def _written_rate(mode: str) -> Any:
@@ -56,7 +56,8 @@ def _written_rate(mode: str) -> Any:
 
 
 @cache
-def _task(training: str) -> DictConfig:
+def task_of(training: str) -> DictConfig:
+    """The composed task with a training preset."""
     return compose([f"task/training={training}"]).task
 
 
