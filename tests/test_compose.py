@@ -43,6 +43,7 @@ def options(group, *but):
 # Modes that meet every other option; each of the rest runs once, on a pruned model under autocast.
 MODES = ("none", "welore", "nlrc", "full", "lora", "galore")
 EIGHT_BIT = ("welore_8bit", "full_8bit")  # these need a GPU
+REFACTORING = {"mode=sv", "mode=lora_xs", "mode=osf"}  # which would fill what is zeroed in factors
 PROJECTED = {"mode=galore", "mode=fira", "mode=apollo"}  # whose default rank is above every side of this model
 
 AXES = {
@@ -143,7 +144,7 @@ def test_any_two_options_compose(cell, ran):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", options("mode", *MODES, *EIGHT_BIT))
 def test_every_other_mode_trains_a_pruned_model_under_autocast(mode, ran):
-    where = "nlrc" if mode in ("mode=sv", "mode=lora_xs") else "all"
+    where = "nlrc" if mode in REFACTORING else "all"
     layers = ["mode.layers=1"] if mode == "mode=lisa" else []
     pruned = ["prune=wanda", f"prune.where={where}"]
     config, record = ran([mode, *layers, *pruned, "model.dtype=bfloat16", "model.autocast=bfloat16"])
