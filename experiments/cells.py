@@ -1,5 +1,6 @@
 """The cells of an artefact: the runs it is made of, which of them are on disk, and how the others are made."""
 
+import json
 import math
 import shlex
 import subprocess
@@ -33,6 +34,7 @@ class Row:
     again: bool = False  # a record is there without the files that the artefact draws
     offered: bool = False  # the artefact is whole without it
     diverged: bool = False  # training came to a loss that is not finite: an outcome, which another run would repeat
+    guess: float | None = None  # perplexity by token frequencies of its training text, by any record of these texts
 
     @property
     def missing(self) -> bool:
@@ -100,6 +102,7 @@ class Runs:
     latest: dict[str, tuple[Path, Record]]
     name: Callable[[Cell], str]
     fetch: Callable[[Path, str], None]  # brings a file of a run into its folder, where it is elsewhere
+    guesses: dict[str, float]  # perplexity by token frequencies, by texts: older records do not hold their own
 
     @classmethod
     def of(
@@ -110,10 +113,13 @@ class Runs:
     ) -> "Runs":
         """Of several runs of one fingerprint the last that is finished, or else the first."""
         latest: dict[str, tuple[Path, Record]] = {}
+        guesses: dict[str, float] = {}
         for folder, record in found:
+            if (guess := record.metrics.get(metrics.EVAL_FREQUENCY_PERPLEXITY.key)) is not None:
+                guesses[_texts(record)] = guess
             if record.status == "done" or record.fingerprint not in latest:
                 latest[record.fingerprint] = folder, record
-        return cls(latest, name, fetch)
+        return cls(latest, name, fetch, guesses)
 
     def find(self, cells: Sequence[Cell], needs: Sequence[str] = ()) -> list[Row]:
         """Each cell with its run: the finished record of its fingerprint, in a folder that holds the files `needs`."""
@@ -132,7 +138,21 @@ class Runs:
         absent = [file for file in needs if not (folder / file).exists()]
         if absent:
             return Row(cell, folder, why=f"its run folder has no {' and no '.join(absent)}", again=True)
-        return Row(cell, folder, record)
+        return Row(cell, folder, record, guess=self.guesses.get(_texts(record)) if self.guesses else None)
+
+
+def _texts(record: Record) -> str:
+    """Tokenizer, test text, training text and its order: what the frequencies of tokens and their score depend on."""
+    task, training = record.config["task"], record.config["task"].get("training", {})
+    read = {key: value for key, value in task.items() if key != "training"}
+    sequences = {key: training.get(key) for key in ("length", "pack")}
+    return json.dumps([_set(record.config["model"]), _set(read), sequences, record.config["seed"]], sort_keys=True)
+
+
+def _set(options: dict[str, Any]) -> dict[str, Any]:
+    """Without what is off: records of before an option was there do not name it."""
+    nested = {key: _set(value) if isinstance(value, dict) else value for key, value in options.items()}
+    return {key: value for key, value in nested.items() if value not in (None, False)}
 
 
 def find(cells: Sequence[Cell], outputs: str, needs: Sequence[str] = ()) -> list[Row]:

@@ -8,7 +8,7 @@ from experiments import tuned, tuning
 from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
-from experiments.tuned import lower, sure, training_picture, within
+from experiments.tuned import better, lower, sure, training_picture, within
 from experiments.tuning import SURELY, Study, studies, validation_curve
 from welore.metrics import Metric
 
@@ -50,12 +50,9 @@ def claims(found: dict[str, Study], ratios: Sequence[Ratio], section: str) -> li
     one, other = found
     place = " ".join(str(found[one].cell[key]) for key in ("model", "err"))
     seeded = {(place, label): study for label, study in found.items()}
-    perplexity = {key: study.perplexity for key, study in seeded.items()}
     held_out = {key: _validation(study) for key, study in seeded.items()}
     stated = [
-        Claim(
-            f"{one} reaches a lower perplexity than {other} ({section})", None, lower(perplexity, [place], one, other)
-        ),
+        Claim(f"{one} reaches a lower perplexity than {other} ({section})", None, better(seeded, [place], one, other)),
         *sure(SURELY, seeded, [place], one, other),
         Claim("and a lower validation perplexity", None, lower(held_out, [place], one, other)),
     ]

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from experiments import every_mode, recover, tuning
 from experiments.cells import Cell, Row
-from experiments.compare import below, budget, dense, measured
+from experiments.compare import budget, dense, measured
 from experiments.page import Claim, Page, cited
-from experiments.tuning import SEEDS, SURELY, Study, studies, surely_below, validation
+from experiments.tuning import SEEDS, SURELY, Study, better, studies, surely_below, validation
 from welore.plots import lines_figure
 from welore.report import number
 
@@ -190,11 +190,11 @@ def claims(grids: Sequence[Grid], few: int) -> list[Claim]:
         for place, grid in asked.items()
         if chosen[place] not in (None, grid.few.chosen)
     }
-    better = {place: below(new.perplexity, old.perplexity) for place, (new, old) in pairs.items()}
+    lower = {place: better(new, old) for place, (new, old) in pairs.items()}
     surely = {place: surely_below(new, old) for place, (new, old) in pairs.items()}
     return [
         Claim(f"{few} windows choose the rate that the test text prefers", None, agree),
         Claim(f"where they do not, {TIMES * few} windows do", None, mended),
-        Claim("where these choose another, its mean over seeds is lower", None, better),
+        Claim("where these choose another, its mean over seeds is lower", None, lower),
         Claim(f"the same, {SURELY}", None, surely),
     ]

@@ -14,7 +14,7 @@ from experiments import tuned, tuning
 from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, setting
-from experiments.tuned import Numbers, lower, sure
+from experiments.tuned import Numbers, better, lower, sure
 from experiments.tuning import SURELY, Study, studies
 from welore.plots import lines_figure
 
@@ -75,15 +75,13 @@ def claims(found: dict[tuple[str, str], Study], numbers: Numbers) -> list[Claim]
     plain, whitened, best = STARTS
     tuned_places = [str(tokens) for tokens in TOKENS]
 
-    def better(start: str, other: str) -> Claim:
-        return Claim(
-            f"{start} is better than {other}, before and after tuning", None, lower(numbers, places, start, other)
-        )
+    def claim(start: str, other: str) -> Claim:
+        outcomes = lower(numbers, ["0"], start, other) | better(found, tuned_places, start, other)
+        return Claim(f"{start} is better than {other}, before and after tuning", None, outcomes)
 
-    places = ["0", *tuned_places]
     return [
-        better(whitened, plain),
-        better(best, whitened),
+        claim(whitened, plain),
+        claim(best, whitened),
         *sure(f"{best} is better than {plain} after tuning, {SURELY}", found, tuned_places, best, plain),
         Claim(
             f"{best}, never tuned, is better than {plain} after {TOKENS[-1]:,} tokens",

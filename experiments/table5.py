@@ -16,7 +16,7 @@ from experiments import tuned, tuning
 from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, calibrated_on, factors, setting
-from experiments.tuned import Numbers, bounded, lower, rising, sure, within
+from experiments.tuned import Numbers, better, bounded, lower, rising, sure, within
 from experiments.tuning import SURELY, Study, studies
 from welore import metrics
 
@@ -111,7 +111,7 @@ def claims(found: Sequence[Study]) -> list[Claim]:
 
     def claim(text: str, mode: str) -> Claim:
         paper = lower(printed(PERPLEXITY), their_places, "welore", mode)
-        return Claim(text, paper, lower(ours, places, "welore", mode))
+        return Claim(text, paper, better(seeded, places, "welore", mode))
 
     return [
         claim("WeLore is better than LoRA at every err (Table 5)", "lora"),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 
+from experiments import tuning
 from experiments.cells import Row
 from experiments.compare import below, budget, joined, measured, ratio
 from experiments.page import Claim, Outcomes, Page, cited
@@ -32,7 +33,8 @@ NOTES = [
     "brackets what torch reserved for them on a GPU; and of the evaluation of the tuned model. On a CPU that is the "
     "resident memory of the process",
     "did not train: diverged, broken, not below the untuned model, or not below a guess among all tokens or by the "
-    "frequencies of tokens in 256 training sequences, which older records do not hold",
+    "frequencies of tokens in 256 training sequences, where a record of these texts holds it. Where the better of two "
+    "did not train, nothing can be said of them",
     "a seed orders the training text: what seeds confirm is so on this test text, and another may order otherwise "
     "modes that are a few percent apart",
 ]
@@ -221,8 +223,13 @@ def rising(numbers: Numbers, lines: Sequence[Sequence[str]], over: str, under: s
     return joined(*outcomes)
 
 
+def better(found: Found, places: Sequence[str], column: str, other: str) -> Outcomes:
+    """`lower` for means over seeds; None where the lower one did not train."""
+    return {place: tuning.better(found.get((place, column)), found.get((place, other))) for place in places}
+
+
 def surely_lower(found: Found, places: Sequence[str], column: str, other: str) -> Outcomes:
-    """`lower` for means over seeds, by a paired t test."""
+    """`better` by a paired t test."""
     return {place: surely_below(found.get((place, column)), found.get((place, other))) for place in places}
 
 

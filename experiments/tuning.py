@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.cells import Cell, Row
+from experiments.compare import below
 from experiments.scales import VOCABULARY
 from welore import metrics
 from welore.config import CONF, compose
@@ -209,7 +210,7 @@ class Study:
             return "perplexity too large for a number" if row.breaks_at is None else f"breaks in {row.breaks_at}"
         if row.perplexity >= VOCABULARY.get(self.cell["model"], math.inf):
             return "at chance"
-        if row.perplexity >= (row.found(metrics.EVAL_FREQUENCY_PERPLEXITY) or math.inf):
+        if row.guess is not None and row.perplexity >= row.guess:
             return "no better than token frequencies"
         return "no better than untuned" if row.perplexity >= self.untuned else None
 
@@ -250,13 +251,27 @@ def _curves(folder: Path, *state: int) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
+def better(one: Study | None, other: Study | None) -> bool | None:
+    """Whether one mean lies below the other; None where the lower one did not train: of who fails less, nothing can be
+    said."""
+    if one is None or other is None or _none_trained(one, other):
+        return None
+    return below(one.perplexity, other.perplexity)
+
+
+def _none_trained(one: Study, other: Study) -> bool:
+    if None in (one.perplexity, other.perplexity):
+        return False
+    return bool((one if below(one.perplexity, other.perplexity) else other).flag)
+
+
 def surely_below(low: Study | None, high: Study | None) -> bool | None:
     """Whether one mean lies below the other by a paired t test over seeds, one-sided at 5 %; None on one seed.
 
     Studies run on the same seeds, which order the batches of both alike: what a seed does to both is no difference. A
-    study that broke or diverged lies above one that did not.
+    study that broke or diverged lies above one that did not; None too where the better one did not train.
     """
-    if low is None or high is None or None in (low.perplexity, high.perplexity):
+    if low is None or high is None or None in (low.perplexity, high.perplexity) or _none_trained(low, high):
         return None
     if math.isnan(low.perplexity):
         return False

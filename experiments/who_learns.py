@@ -18,7 +18,7 @@ from experiments import tuned, tuning
 from experiments.cells import Cell, Row
 from experiments.page import Claim, Page
 from experiments.scales import MODELS, calibrated_on, setting
-from experiments.tuned import lower, sure
+from experiments.tuned import better, sure
 from experiments.tuning import SURELY, Study, studies, then  # noqa: F401, `then` are the cells that follow
 
 NEEDS = tuning.NEEDS
@@ -57,12 +57,11 @@ def _place(study: Study) -> tuple[str, str]:
 
 
 def claims(found: dict[tuple[str, str], Study]) -> list[Claim]:
-    numbers = {place: study.perplexity for place, study in found.items()}
     cut_nlrcs = [name for name in UNDAMAGED if name != "nothing"]
 
     def claim(text: str, places: Sequence[str], who: str, other: str) -> list[Claim]:
         return [
-            Claim(text, None, lower(numbers, places, who, other)),
+            Claim(text, None, better(found, places, who, other)),
             *sure(f"{text}, {SURELY}", found, places, who, other),
         ]
 

@@ -97,6 +97,15 @@ def test_validation_perplexity_is_the_perplexity_of_the_held_out_rows(compressed
     assert line["validation/perplexity"] == pytest.approx(perplexity(compressed, rows).perplexity, rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("every", "steps"), [(3, [3, 6, 7]), (7, [7]), (100, [7]), (1, [1, 2, 3, 4, 5, 6, 7])])
+def test_the_last_step_is_validated_whatever_the_interval(compressed, train, tmp_path, every, steps, accumulate):
+    """Its perplexity chooses the learning rate, and a schedule has come to its end there alone."""
+    training = ["steps=7", f"validate_every={every}", f"accumulate={accumulate}"]
+    train(compressed, *(f"task.training.{option}" for option in training))
+    assert [line["step"] + 1 for line in lines(tmp_path, "validation/perplexity")] == steps
+
+
 def test_clipping_bounds_the_norm_of_the_gradient(compressed, train, monkeypatch):
     norms = []
 

@@ -37,7 +37,7 @@ SMALL = [
     "task/protocol=smoke",
     "task/training=smoke",
 ]
-TRAINING = ["task.training.steps=12", "task.training.accumulate=2", "task.training.validate_every=4"]
+TRAINING = ["task.training.steps=12", "task.training.accumulate=2", "task.training.validate_every=5"]
 
 
 def losses(folder: Path) -> list[tuple]:

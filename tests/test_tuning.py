@@ -197,9 +197,49 @@ def test_a_seed_that_is_missing_leaves_a_study_open(tmp_path):
     assert opened.missing and opened.perplexity is None and "1 of 2" in tuned.values(opened)
 
 
+def guessed(folder, perplexities, guess=440.0, start=START):
+    """The study of a grid whose test text is guessed so well by the frequencies of tokens."""
+    return studies([replace(row, guess=guess) for row in study(folder, perplexities, start).rows])[0]
+
+
 def test_a_model_that_knows_token_frequencies_and_no_more_did_not_train(tmp_path):
-    rows = [made(tmp_path, cell, 450.0, **{"eval/frequency_perplexity": 440.0}) for cell in tuning.grid(START)]
-    assert studies(rows)[0].flag == "did not train: no better than token frequencies"
+    assert guessed(tmp_path, [470.0, 450.0, 460.0]).flag == "did not train: no better than token frequencies"
+    assert guessed(tmp_path, [470.0, 430.0, 460.0]).flag == ""
+
+
+def test_how_well_token_frequencies_guess_a_text_is_told_by_any_record_of_it(tmp_path):
+    """Older records do not hold it; those of another seed, text or length read other tokens."""
+    config = {"seed": 0, "model": {"name": "m", "trust_remote_code": False}}
+    config |= {
+        "task": {"name": "c4", "protocol": {"windows": 4}, "training": {"length": 512, "pack": True, "lr": 1.0}}
+    }
+    older = config | {"model": {"name": "m"}, "task": config["task"] | {"subset": None}}
+    older["task"] = older["task"] | {"training": {"length": 512, "pack": True, "lr": 2.0}}
+    others = [
+        config | {"seed": 1},
+        config | {"task": config["task"] | {"protocol": {"windows": 8}}},
+        config | {"task": config["task"] | {"training": {"length": 256, "pack": True}}},
+    ]
+    told = {"tuned/perplexity": 9.0, "eval/frequency_perplexity": 440.0}
+    held = [Record(str(i), "done", one, {"tuned/perplexity": 9.0}) for i, one in enumerate([older, *others])]
+    runs = Runs.of([(tmp_path, record) for record in [*held, Record("teller", "done", config, told)]], str)
+    assert [runs.find([name])[0].guess for name in ("teller", "0", "1", "2", "3")] == [440.0, 440.0, None, None, None]
+    assert Runs.of([(tmp_path, held[0])], str).find(["0"])[0].guess is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "outcome"),
+    [(430.0, 450.0, True), (450.0, 430.0, False), (450.0, 460.0, None), (460.0, 450.0, None), (430.0, 420.0, False)],
+)
+def test_of_two_that_did_not_train_nothing_is_claimed(tmp_path, one, other, outcome):
+    """A model that knows no more than token frequencies, 440, is not the better one of anything."""
+    modes = {"welore": one, "galore": other}
+    pair = {
+        ("", mode): guessed(tmp_path, [490.0, value, 495.0], start=START | {"mode": mode})
+        for mode, value in modes.items()
+    }
+    assert tuned.better(pair, [""], "welore", "galore") == {"": outcome}
+    assert (tuned.surely_lower(pair, [""], "welore", "galore") == {"": None}) or outcome is not None
 
 
 def test_a_cost_that_no_record_holds_has_no_column_and_one_seed_is_enough(tmp_path):

@@ -77,7 +77,7 @@ def fit(
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             logger=loggers,
-            callbacks=[throughput, *watching, saves, *_bar(bars)],
+            callbacks=[throughput, *watching, ValidatesLast(), saves, *_bar(bars)],
             plugins=[checkpoints, *_slurm_plugins()],
             enable_checkpointing=False,
             enable_progress_bar=bars,
@@ -108,6 +108,14 @@ def recomputed(model: PreTrainedModel, on: bool = True) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward  # the one of the class shows again
+
+
+class ValidatesLast(Callback):
+    """Validation after the last step too, which Lightning does only where that is a multiple of its interval."""
+
+    def on_train_batch_start(self, trainer, module, batch, index) -> None:
+        if index + 1 == trainer.num_training_batches:
+            trainer.val_check_batch = trainer.num_training_batches
 
 
 class Saves(Callback):
