@@ -20,7 +20,8 @@ from torch import nn
 from welore.bench import Steps, at_least, exit_status, subject, write
 from welore.config import CONF, Config, compose, to_config
 
-ELSEWHERE = {"none", "chosen", "welore_8bit", "full_8bit"}  # train nothing, or count as another mode does
+EIGHT_BIT = {"welore_8bit", "nlrc_8bit", "full_8bit", "lora_8bit"}
+ELSEWHERE = {"none", "chosen", *EIGHT_BIT}  # train nothing, or count as another mode does
 
 
 def main() -> None:

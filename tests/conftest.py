@@ -18,6 +18,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": 
 import eight_bits as layout
 import pytest
 import torch
+from peft import import_utils
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -210,9 +211,13 @@ def bitsandbytes(request, monkeypatch):
     if request.param == "its layout":
         stand_in = ModuleType("bitsandbytes")
         stand_in.__spec__, stand_in.optim = ModuleSpec("bitsandbytes", None), layout
+        stand_in.nn = ModuleType("bitsandbytes.nn")  # which peft asks for its layers
         monkeypatch.setitem(sys.modules, "bitsandbytes", stand_in)
     else:
         import_module("bitsandbytes")  # which looks for a GPU, and is not to find one
+    yield
+    for known in (import_utils.is_bnb_available, import_utils.is_bnb_4bit_available):
+        known.cache_clear()
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from welore.runner import run
 ADVICE = re.compile(r"\b(write|use|change|run|start)\b", re.IGNORECASE)
 
 CONFIGS = [
-    ("mode=lora_plus mode.lr_ratio=0", ["mode.lr_ratio=0.0 trains no B"]),
+    ("mode=lora_plus mode.lr_ratio=0", ["mode.lr_ratio=0.0 does not train B"]),
+    ("mode=lora_plus mode.lr_ratio=nan", ["mode.lr_ratio=nan does not train B"]),
     ("mode=pissa mode.init=svd", ["mode.init=svd is unknown", "kaiming, pissa or mica"]),
     ("mode=dora mode.init=mica", ["mode.dora=true and mode.init=mica"]),
     ("mode=mica mode.lr_ratio=4", ["mode.lr_ratio=4.0 is of B, which mode.init=mica freezes"]),
@@ -28,6 +29,7 @@ CONFIGS = [
         )
         for mode, alpha, shown, why in (
             *(("lora", 0, "0.0", "never train"), ("dora", -4, "-4.0", "is turned around")),
+            *(("lora", "nan", "nan", "is no number"), ("lora", "inf", "inf", "is no number")),
             ("randlora", 0, "0", "never train"),
         )
     ],
@@ -46,6 +48,9 @@ CONFIGS = [
         (f"mode={mode} prune=wanda prune.where=all", ["takes the factors of LRCs apart", "prune.where=nlrc"])
         for mode in ("osf", "sv", "lora_xs", "pissa mode.lora_on=merged")
     ],
+    *[(f"mode=galore mode.scale={scale}", [f"scale={scale}", "above 0"]) for scale in ("nan", "inf")],
+    *[(f"mode=welore mode.lr={lr}", [f"lr={lr}", "lr > 0"]) for lr in ("nan", "inf")],
+    ("mode=full task.training.lr=inf", ["lr=inf", "lr > 0"]),
     ("mode=sv mode.lr=0", ["lr=0.0", "lr > 0"]),
 ]
 # On the tiny compressed model, whose smallest weight is 32 x 64.
@@ -107,7 +112,7 @@ def test_a_mode_of_lrcs_is_refused_where_there_are_none(model, compress, configu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("mode", ["welore", "full"])
+@pytest.mark.parametrize("mode", ["welore", "nlrc", "full", "lora"])
 def test_eight_bits_are_refused_without_a_gpu(compressed, configured, mode):
     strategy = configured(f"mode={mode}_8bit").mode
     parameters = select(compressed, strategy)

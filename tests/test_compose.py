@@ -42,7 +42,7 @@ def options(group, *but):
 
 # Modes that meet every other option; each of the rest runs once, on a pruned model under autocast.
 MODES = ("none", "welore", "nlrc", "full", "lora", "galore")
-EIGHT_BIT = ("welore_8bit", "full_8bit")  # these need a GPU
+EIGHT_BIT = ("welore_8bit", "nlrc_8bit", "full_8bit", "lora_8bit")  # these need a GPU
 REFACTORING = {"mode=sv", "mode=lora_xs", "mode=osf"}  # which would fill what is zeroed in factors
 PROJECTED = {"mode=galore", "mode=fira", "mode=apollo"}  # whose default rank is above every side of this model
 

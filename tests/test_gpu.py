@@ -126,7 +126,7 @@ def test_the_peak_of_a_run_is_what_was_predicted_within_a_tenth(tmp_path, mode):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-@pytest.mark.parametrize("mode", ["welore_8bit", "full_8bit"])
+@pytest.mark.parametrize("mode", ["welore_8bit", "nlrc_8bit", "full_8bit", "lora_8bit"])
 def test_states_in_eight_bits_take_what_was_predicted_and_resume_to_the_bit(mode):
     model, config = middle(f"mode={mode}")
     parameters = select(model, config.mode)

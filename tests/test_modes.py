@@ -51,7 +51,8 @@ OTHERS = {
     "rslora": ("mode=rslora",),
     "sv": ("mode=sv",),
 }
-NO_LOSSES = {"none": "trains nothing", "welore_8bit": "needs a GPU", "full_8bit": "needs a GPU"}
+EIGHT_BIT = ("welore_8bit", "nlrc_8bit", "full_8bit", "lora_8bit")
+NO_LOSSES = {"none": "trains nothing", **dict.fromkeys(EIGHT_BIT, "needs a GPU")}
 every_trained = pytest.mark.parametrize("mode", TRAINED)
 every_lora = pytest.mark.parametrize("lora_on", ["factors", "merged"])
 IDS_BL = torch.arange(48).view(2, 24) * 11 % 259

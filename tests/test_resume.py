@@ -89,6 +89,8 @@ MODES = {
 # As if there were a GPU, with what stands in for their library.
 EIGHT_BIT = {
     "welore in 8 bits": ["mode=welore_8bit"],
+    "nlrc in 8 bits": ["mode=nlrc_8bit", "err=0.2"],
+    "lora in 8 bits": ["mode=lora_8bit", "mode.rank=32"],
     "full in 8 bits with masters": ["mode=full_8bit", "model.dtype=bfloat16"],
 }
 

@@ -449,7 +449,8 @@ def test_the_more_tokens_are_run_at_the_rate_that_the_fewer_have_chosen(tmp_path
 def test_every_mode_holds_all_that_train_on_any_machine_and_shares_the_cells_of_table_5():
     written = {file.stem for file in (CONF / "mode").glob("*.yaml")}
     # `chosen` with who=random is `random`; with who=lrc and nlrc it is a control of who_learns.
-    assert set(every_mode.MODES) == written - {"none", "chosen", "welore_8bit", "full_8bit"}
+    eight_bit = {mode for mode in written if mode.endswith("_8bit")}  # which need a GPU
+    assert set(every_mode.MODES) == written - eight_bit - {"none", "chosen"}
     cells = every_mode.cells("laptop")
     assert len(cells) == 57 and sum(cell in table5.cells("laptop") for cell in cells) == 9
 

@@ -3,6 +3,7 @@
 Shape suffixes: M = out_features, N = in_features, R = rank of an adapter.
 """
 
+import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class Adapter(Lora):
         super().__post_init__()
         if self.init not in INITS:
             raise Refused(f"mode.init={self.init} is unknown. Write {', '.join(INITS[:-1])} or {INITS[-1]}.")
-        if self.lr_ratio <= 0:
-            raise Refused(f"mode.lr_ratio={self.lr_ratio} trains no B. Write a number above 0, or 1 for plain LoRA.")
+        if not 0 < self.lr_ratio < math.inf:
+            raise Refused(f"mode.lr_ratio={self.lr_ratio} does not train B. Write a number above 0; 1 is LoRA.")
         if self.dora and self.init == "mica":
             raise Refused("mode.dora=true and mode.init=mica: peft has no such adapter. Use one of the two.")
         if self.init == "mica" and self.lr_ratio != 1:

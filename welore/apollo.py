@@ -65,7 +65,7 @@ class _Projected(torch.optim.Optimizer):
 
 class _Apollo(_Projected):
     def projection(self, G_MN: Tensor, group: dict, step: int, index: int) -> Tensor:
-        # Drawn on the CPU from what a resumed run knows as well: the same on every device, and no state to save.
+        # Drawn on the CPU: the same on every device.
         draw = torch.Generator().manual_seed(group["seed"] + 1_000_003 * index + step)
         random_KR = torch.randn(min(G_MN.shape), group["rank"], generator=draw) / math.sqrt(group["rank"])
         return random_KR.to(G_MN)

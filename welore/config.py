@@ -92,6 +92,8 @@ SCHEMAS = {
     "mode/apollo": steppers.Apollo,
     "mode/muon": steppers.Muon,
     "mode/lrc_8bit": steppers.Lrc8bit,
+    "mode/nlrc_8bit": steppers.NLrc8bit,
+    "mode/lora_8bit": steppers.Lora8bit,
     "mode/full_8bit": steppers.Full8bit,
     "mode/sv": parts.SingularValues,
     "mode/lora_xs": parts.LoraXs,

@@ -1,5 +1,6 @@
 """Which parameters a run trains, and with which optimizer. The config object is the strategy."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Adam(Mode):
 
     def __post_init__(self):
         betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        if not (self.lr > 0 and betas and self.eps > 0 and self.weight_decay >= 0):
+        if not (0 < self.lr < math.inf and betas and self.eps > 0 and self.weight_decay >= 0):
             raise Refused(
                 f"mode has lr={self.lr}, betas={list(self.betas)}, eps={self.eps}, weight_decay={self.weight_decay}. "
                 f"Write lr > 0, two betas with 0 <= beta < 1, eps > 0 and weight_decay >= 0."
@@ -160,7 +161,7 @@ class GaLore(Full):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.rank < 1 or self.gap < 1 or self.scale <= 0:
+        if self.rank < 1 or self.gap < 1 or not 0 < self.scale < math.inf:
             raise Refused(
                 f"mode has rank={self.rank}, gap={self.gap}, scale={self.scale}. Write a rank and a gap of 1 or more, "
                 f"and a scale above 0."
@@ -294,9 +295,11 @@ def adapted(model: PreTrainedModel, lora_on: str) -> list[str]:
 
 
 def check_alpha(alpha: float, instead: int) -> None:
-    """Refuse a scale of adapters of 0, at which they have no gradient, or below, which turns what they add around."""
-    if not alpha > 0:
-        why = "they add nothing and never train" if alpha == 0 else "what they add is turned around"
+    """Refuse a scale of adapters of 0, at which they have no gradient, or below, which turns what they add around; and
+    one that is no number."""
+    if not 0 < alpha < math.inf:
+        turned = "what they add is turned around" if alpha < 0 else "what they add is no number"
+        why = "they add nothing and never train" if alpha == 0 else turned
         raise Refused(f"mode.alpha={alpha} is no scale of adapters: {why}. Write a number above 0, such as {instead}.")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from welore.apollo import Apollo as ApolloOptimizer
 from welore.apollo import Fira as FiraOptimizer
 from welore.errors import Refused
-from welore.modes import FLOAT32, Full, GaLore, Lrc
+from welore.modes import FLOAT32, Full, GaLore, Lora, Lrc, NLrc
 from welore.optim import Float32Masters
 
 
@@ -121,6 +121,16 @@ class EightBit:
 @dataclass
 class Lrc8bit(EightBit, Lrc):
     """`Lrc` with 8-bit moments."""
+
+
+@dataclass
+class NLrc8bit(EightBit, NLrc):
+    """`NLrc` with 8-bit moments."""
+
+
+@dataclass
+class Lora8bit(EightBit, Lora):
+    """`Lora` with 8-bit moments."""
 
 
 @dataclass

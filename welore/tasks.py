@@ -112,7 +112,7 @@ class Training:
             )
         if self.schedule not in ("cosine", "linear", "constant"):
             raise Refused(f"{where}.schedule={self.schedule} is unknown. Write cosine, linear or constant.")
-        if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1 and self.clip >= 0 and self.lr > 0):
+        if not (0 <= self.warmup < 1 and 0 <= self.floor <= 1 and self.clip >= 0 and 0 < self.lr < math.inf):
             raise Refused(
                 f"{where} has warmup={self.warmup}, floor={self.floor}, clip={self.clip}, lr={self.lr}. "
                 f"Write 0 <= warmup < 1, 0 <= floor <= 1, clip >= 0 and lr > 0."
