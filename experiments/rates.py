@@ -1,6 +1,6 @@
 """Rates: whether the text that chooses a learning rate is enough of it.
 
-Cost: laptop 66 runs of every_mode and recover, and 14 and more that follow; paper 60 and more, never measured.
+Cost: laptop the runs of every_mode, recover and who_learns, and 14 and more that follow; paper never measured.
 
 A rate is chosen by the validation perplexity at the end of training, on few windows at laptop scale. Where the test
 text would have chosen another one, the two and what lies between them run again with eight times the windows, which
@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments import every_mode, recover, tuning
+from experiments import every_mode, recover, tuning, who_learns
 from experiments.cells import Cell, Row
 from experiments.compare import budget, dense, measured
 from experiments.page import Claim, Page, cited
@@ -27,7 +27,7 @@ ONCE = {"task.training.validate_every": 100_000}  # steps: at the end alone
 
 
 def cells(scale: str) -> list[Cell]:
-    return every_mode.cells(scale) + recover.cells(scale)
+    return every_mode.cells(scale) + recover.cells(scale) + who_learns.cells(scale)
 
 
 def offered(scale: str, cell: Cell) -> bool:
@@ -69,8 +69,8 @@ class Grid:
 
     @property
     def place(self) -> str:
-        cut = recover.cut(self.few.cell)
-        return self.few.cell["mode"] if cut is None else cut
+        cell = self.few.cell
+        return recover.cut(cell) or who_learns.place(cell) or cell["mode"]
 
     @property
     def preferred(self) -> float | None:

@@ -52,8 +52,18 @@ def render(rows: Sequence[Row]) -> Page:
 
 
 def _place(study: Study) -> tuple[str, str]:
-    damage = next(name for name, options in DAMAGES.items() if options.items() <= study.cell.items())
-    return damage, next(name for name, who in WHO.items() if who == study.cell["mode.who"])
+    return damage_of(study.cell), next(name for name, who in WHO.items() if who == study.cell["mode.who"])
+
+
+def damage_of(cell: Cell) -> str:
+    return next(name for name, options in DAMAGES.items() if options.items() <= cell.items())
+
+
+def place(cell: Cell) -> str | None:
+    """Who is tuned after what; None where it is no cell of this artefact."""
+    if cell["mode"] != "chosen":
+        return None
+    return f"{cell['mode.who']} tuned, {damage_of(cell)} cut"
 
 
 def claims(found: dict[tuple[str, str], Study]) -> list[Claim]:
