@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -145,6 +146,7 @@ def _texts(record: Record) -> str:
     """Tokenizer, test text, training text and its order: what the frequencies of tokens and their score depend on."""
     task, training = record.config["task"], record.config["task"].get("training", {})
     read = {key: value for key, value in task.items() if key != "training"}
+    read["path"] = os.path.expandvars(task.get("path") or "")  # published records name $WELORE_DATA
     sequences = {key: training.get(key) for key in ("length", "pack")}
     return json.dumps([_set(record.config["model"]), _set(read), sequences, record.config["seed"]], sort_keys=True)
 

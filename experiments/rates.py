@@ -1,6 +1,6 @@
 """Rates: whether the text that chooses a learning rate is enough of it.
 
-Cost: laptop the runs of every_mode, recover and who_learns, and 14 and more that follow; paper never measured.
+Cost: laptop the runs of every_mode, recover and who_learns, and 20 and more that follow; paper never measured.
 
 A rate is chosen by the validation perplexity at the end of training, on few windows at laptop scale. Where the test
 text would have chosen another one, the two and what lies between them run again with eight times the windows, which

@@ -207,13 +207,15 @@ def test_a_model_that_knows_token_frequencies_and_no_more_did_not_train(tmp_path
     assert guessed(tmp_path, [470.0, 430.0, 460.0]).flag == ""
 
 
-def test_how_well_token_frequencies_guess_a_text_is_told_by_any_record_of_it(tmp_path):
+def test_how_well_token_frequencies_guess_a_text_is_told_by_any_record_of_it(tmp_path, monkeypatch):
     """Older records do not hold it; those of another seed, text or length read other tokens."""
     config = {"seed": 0, "model": {"name": "m", "trust_remote_code": False}}
     config |= {
         "task": {"name": "c4", "protocol": {"windows": 4}, "training": {"length": 512, "pack": True, "lr": 1.0}}
     }
-    older = config | {"model": {"name": "m"}, "task": config["task"] | {"subset": None}}
+    monkeypatch.setenv("WELORE_DATA", "/texts")
+    config["task"]["path"] = "/texts/c4"
+    older = config | {"model": {"name": "m"}, "task": config["task"] | {"subset": None, "path": "$WELORE_DATA/c4"}}
     older["task"] = older["task"] | {"training": {"length": 512, "pack": True, "lr": 2.0}}
     others = [
         config | {"seed": 1},
