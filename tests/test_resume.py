@@ -37,7 +37,7 @@ SMALL = [
     "task/protocol=smoke",
     "task/training=smoke",
 ]
-TRAINING = ["task.training.steps=12", "task.training.accumulate=2", "task.training.validate_every=5"]
+TRAINING = ["task.training.steps=12", "task.training.accumulate=2", "task.training.validate_every=4"]
 
 
 def losses(folder: Path) -> list[tuple]:
@@ -54,6 +54,7 @@ def config_of(outputs: Path, *overrides: str):
 
 MODES = {
     "welore": ["mode=welore"],
+    "welore with a validation out of turn at the end": ["mode=welore", "task.training.validate_every=5"],
     "nlrc": ["mode=nlrc"],
     "full": ["mode=full"],
     "full with layers run again": ["mode=full", "trainer.recompute=true"],
