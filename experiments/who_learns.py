@@ -63,7 +63,7 @@ def place(cell: Cell) -> str | None:
     """Who is tuned after what; None where it is no cell of this artefact."""
     if cell["mode"] != "chosen":
         return None
-    return f"{cell['mode.who']} tuned, {damage_of(cell)} cut"
+    return f"{damage_of(cell)} cut: {cell['mode.who']} tuned"
 
 
 def claims(found: dict[tuple[str, str], Study]) -> list[Claim]:
