@@ -143,7 +143,10 @@ class Runs:
 
 
 def _texts(record: Record) -> str:
-    """Tokenizer, test text, training text and its order: what the frequencies of tokens and their score depend on."""
+    """Tokenizer, test text, training text and its order: what the frequencies of tokens and their score depend on.
+
+    A path stands for what lies there.
+    """
     task, training = record.config["task"], record.config["task"].get("training", {})
     read = {key: value for key, value in task.items() if key != "training"}
     read["path"] = os.path.expandvars(task.get("path") or "")  # published records name $WELORE_DATA
@@ -154,7 +157,7 @@ def _texts(record: Record) -> str:
 def _set(options: dict[str, Any]) -> dict[str, Any]:
     """Without what is off: records of before an option was there do not name it."""
     nested = {key: _set(value) if isinstance(value, dict) else value for key, value in options.items()}
-    return {key: value for key, value in nested.items() if value not in (None, False)}
+    return {key: value for key, value in nested.items() if value is not None and value is not False}
 
 
 def find(cells: Sequence[Cell], outputs: str, needs: Sequence[str] = ()) -> list[Row]:

@@ -34,7 +34,7 @@ NOTES = [
     "resident memory of the process",
     "did not train: diverged, broken, not below the untuned model, or not below a guess among all tokens or by the "
     "frequencies of tokens in 256 training sequences, where a record of these texts holds it. Where the better of two "
-    "did not train, nothing can be said of them",
+    "did not train, it is not said to be better",
     "a seed orders the training text: what seeds confirm is so on this test text, and another may order otherwise "
     "modes that are a few percent apart",
 ]

@@ -6,9 +6,9 @@ The paper says that LRCs learn better than N-LRCs, and shows it on a model that 
 only they can repair it. Here the same division, WeLore's at one err, is tuned after damage on either side and after
 none. The N-LRCs are cut to the keep of WeLore's cut. Both cuts are made with plain factors, as in the paper, and with
 K-FAC's at the same ranks: plain ones may leave a small model that no tuning mends, of which nothing can be learnt.
-Equal parameters: every set but `all` trains as many as the
-factors of WeLore's LRCs hold, in whole weights chosen at random, and all the normalization weights; `all` is the
-ceiling. Tokens are equal.
+
+Equal parameters: every set but `all` trains as many as the factors of WeLore's LRCs hold, in whole weights chosen at
+random, and all the normalization weights; `all` trains more. Tokens are equal.
 """
 
 from collections.abc import Sequence

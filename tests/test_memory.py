@@ -173,10 +173,10 @@ def test_a_mode_that_cannot_be_foreseen_is_refused(mode, compressed, configured)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["welore_8bit", "nlrc_8bit", "full_8bit"])
+@pytest.mark.parametrize("mode", ["welore_8bit", "nlrc_8bit", "full_8bit", "lora_8bit mode.rank=32"])
 def test_eight_bit_states_are_those_of_their_optimizer(mode, dtype, compressed, configured, eight_bits):
     """Of matrices as large as to be kept in bytes, and of the small rest."""
-    config = configured(f"mode={mode}")
+    config = configured(*f"mode={mode}".split())
     model = compressed.to(getattr(torch, dtype)).train()
     parameters = select(model, config.mode)
     sizes = [p.numel() for p in parameters]
